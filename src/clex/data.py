@@ -1,0 +1,333 @@
+"""From text files to training windows.
+
+Documents stay apart. A window is cut from one document wherever one is long enough; documents that
+are shorter are packed, and then each restarts `position_ids` at 0, from which transformers builds a
+mask that keeps them from attending to one another; the first token of each is not scored. Item i
+of a `Windows` is a pure function of the seed and i, so that a run resumes exactly and any number of
+processes draws the same data.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as parquet
+import torch
+from torch import Tensor
+
+from .errors import DataError
+from .positions import uniform
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+_BATCH = 16
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The text files that `path` stands for: itself, or all inside a folder, sorted.
+
+    Raises:
+        DataError: nothing there, or no file of a kind that clex reads.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
+        if not files:
+            raise DataError(f"no {', '.join(SUFFIXES)} file in folder {path}")
+        return files
+    if not path.exists():
+        raise DataError(f"no such file or folder: {path}")
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path} is not one of {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def read_documents(files: Sequence[Path], field: str = "text") -> Iterator[str]:
+    """The documents of `files`, one after another; empty ones are left out.
+
+    A .txt or .md file is one document; a line of .jsonl and a row of .parquet are one each, their
+    text being in `field`. Bytes that are not UTF-8 become replacement characters.
+
+    Raises:
+        DataError: a file is damaged, or a record has no such field.
+    """
+    for file in files:
+        try:
+            for text in _read(file, field):
+                if text.strip():
+                    yield text
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"cannot read {file}: {error}") from error
+
+
+def _read(file: Path, field: str) -> Iterator[str]:
+    if file.name.endswith((".txt", ".md")):
+        yield file.read_text(encoding="utf-8", errors="replace")
+    elif file.name.endswith(".parquet"):
+        table = parquet.ParquetFile(file)
+        if field not in table.schema_arrow.names:
+            raise DataError(
+                f"{file} has no column {field!r} (columns: {', '.join(table.schema_arrow.names)})"
+            )
+        for batch in table.iter_batches(batch_size=64, columns=[field]):
+            yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
+    else:
+        opener: Any = gzip.open if file.name.endswith(".gz") else open
+        with opener(file, "rt", encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                    raise DataError(f"{file}, line {number}: no text in field {field!r}")
+                yield record[field]
+
+
+def load_tokens(source: str | Path, tokenizer: Any, field: str = "text") -> datasets.Dataset:
+    """Tokenise documents once, into a memory-mapped table that later runs find again.
+
+    Args:
+        source: a file, a folder, or the id of a dataset of the hub (its ``train`` split).
+        tokenizer: of the model; no special tokens are added.
+        field: column or key that holds the text.
+
+    Returns:
+        Rows ``{"input_ids": list of int, "length": int}``, one for each document.
+
+    Raises:
+        DataError: nothing readable, or no text.
+    """
+    text = str(source)
+    if not Path(text).exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        try:
+            hub = datasets.load_dataset(text, split="train")
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"no such file or folder, and no dataset {text!r}: {reason}") from error
+        if field not in hub.column_names:
+            raise DataError(
+                f"dataset {text!r} has no column {field!r} (columns: {', '.join(hub.column_names)})"
+            )
+        tokens = hub.map(
+            lambda rows: _tokenize(rows[field], tokenizer),
+            batched=True,
+            batch_size=_BATCH,
+            remove_columns=hub.column_names,
+            desc="tokenising",
+        )
+    else:
+        files = find_files(source)
+        stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        try:
+            tokens = datasets.Dataset.from_generator(
+                _token_rows,
+                gen_kwargs={"stamps": stamps, "field": field, "tokenizer": tokenizer},
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = error.__cause__
+            if isinstance(cause, DataError):
+                raise cause from None
+            if len(list(read_documents(files, field))) == 0:
+                raise DataError(f"no text in {source}") from None
+            raise
+    if len(tokens) == 0 or max(tokens["length"], default=0) == 0:
+        raise DataError(f"no text in {source}")
+    return tokens
+
+
+def _token_rows(
+    stamps: list[tuple[str, int, int]], field: str, tokenizer: Any
+) -> Iterator[dict[str, Any]]:
+    """Rows of the token table. Sizes and times are in `stamps` to read a changed file anew."""
+    batch: list[str] = []
+    for text in read_documents([Path(name) for name, _, _ in stamps], field):
+        batch.append(text)
+        if len(batch) == _BATCH:
+            yield from _rows(_tokenize(batch, tokenizer))
+            batch = []
+    if batch:
+        yield from _rows(_tokenize(batch, tokenizer))
+
+
+def _tokenize(texts: list[str], tokenizer: Any) -> dict[str, list[Any]]:
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return {"input_ids": encoded, "length": [len(ids) for ids in encoded]}
+
+
+def _rows(columns: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def split_documents(
+    tokens: datasets.Dataset, share: float = 0.1
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and held-out documents: every k-th document is held out, at least one.
+
+    Raises:
+        DataError: there is only one document.
+    """
+    if len(tokens) < 2:
+        raise DataError("one document cannot be split; give held-out text with --eval-data")
+    every = min(len(tokens), max(2, round(1 / share)))
+    held = [i for i in range(len(tokens)) if i % every == every - 1]
+    kept = [i for i in range(len(tokens)) if i % every != every - 1]
+    return tokens.select(kept), tokens.select(held)
+
+
+def long_enough(lengths: Sequence[int], wanted: int, what: str) -> None:
+    """Check that some document has `wanted` tokens.
+
+    Raises:
+        DataError: none has; says how long the longest is and what would work.
+    """
+    longest = max(lengths)
+    if longest < wanted:
+        half = sum(n >= wanted / 2 for n in lengths)
+        raise DataError(
+            f"{what} needs a document of {wanted:,} tokens, and 0 of {len(lengths)} documents have"
+            f" that many; the longest usable length is {longest:,} tokens ({half} documents have"
+            f" {wanted // 2:,} or more)"
+        )
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """What item i of a `Windows` looks like.
+
+    Attributes:
+        tokens: length of a window; ``None``: the true length of its scale, t * native_length.
+        native_length: the unit of t.
+        max_scale: scales are drawn log-uniformly from 1 to this.
+        native_share: share of items at t = 1, which teach (and keep) the short window.
+        integer_scales: draw whole numbers 1 to max_scale uniformly instead, as the released CLEX.
+    """
+
+    tokens: int | None
+    native_length: int
+    max_scale: float
+    native_share: float = 0.0
+    integer_scales: bool = False
+
+    def scale(self, index: int, seed: int) -> float:
+        """The scale of item `index`: log-uniform along a low-discrepancy sequence."""
+        first, coin = uniform(torch.tensor([seed]), 2, stream=11)[0].tolist()
+        # The golden ratio spreads any few neighbours evenly over the range: fewer steps are needed
+        # than with independent draws. The coin uses sqrt(2), independent of it.
+        share = (first + index * 0.6180339887498949) % 1.0
+        coin = (coin + index * math.sqrt(2)) % 1.0
+        if coin < self.native_share:
+            return 1.0
+        if self.integer_scales:
+            return float(1 + int(share * int(self.max_scale)))
+        return float(self.max_scale**share)
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Any]]):
+    """`count` training windows drawn from documents.
+
+    Item: ``input_ids`` int64 (n,), ``position_ids`` int64 (n,) (restarting in packed windows),
+    ``packed`` bool, ``scale`` float, ``seed`` int (of the item's positions).
+
+    Args:
+        tokens: from `load_tokens`.
+        plan: lengths and scales.
+        count: number of items.
+        seed: the run's seed.
+
+    Raises:
+        DataError: no document is long enough, or all together are too short for one window.
+    """
+
+    def __init__(
+        self, tokens: datasets.Dataset, plan: WindowPlan, count: int, seed: int = 0
+    ) -> None:
+        self.tokens = tokens.with_format("numpy", columns=["input_ids"])
+        self.lengths = np.asarray(tokens["length"], dtype=np.int64)
+        self.plan, self.count, self.seed = plan, count, seed
+        self.packs: list[list[int]] = []
+        if plan.tokens is None:
+            most = round(plan.max_scale * plan.native_length)
+            long_enough(self.lengths.tolist(), most, f"scale {plan.max_scale:g}")
+        else:
+            short = np.flatnonzero((self.lengths < plan.tokens) & (self.lengths > 1))
+            self.packs = self._pack(short.tolist(), plan.tokens)
+            if self.lengths.max() < plan.tokens and not self.packs:
+                raise DataError(
+                    f"{len(self.lengths)} documents with {self.lengths.sum():,} tokens together"
+                    f" do not fill one window of {plan.tokens:,} tokens"
+                )
+
+    def _pack(self, documents: list[int], size: int) -> list[list[int]]:
+        """Groups of short documents, in order, that fill a window each; the rest is dropped."""
+        packs: list[list[int]] = []
+        group: list[int] = []
+        filled = 0
+        for document in documents:
+            group.append(document)
+            filled += int(self.lengths[document])
+            if filled >= size:
+                packs.append(group)
+                group, filled = [], 0
+        return packs
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        plan = self.plan
+        scale = plan.scale(index, self.seed)
+        n = plan.tokens or max(2, round(scale * plan.native_length))
+        row_seed = self.seed * 1_000_003 + index
+        which, where = uniform(torch.tensor([row_seed]), 2, stream=12)[0].tolist()
+        starts = np.maximum(self.lengths - n + 1, 0)  # windows that each document has
+        total, packed_tokens = int(starts.sum()), len(self.packs) * n
+        choice = which * (total + packed_tokens)
+        if choice >= total:
+            pack = self.packs[min(int((choice - total) / n), len(self.packs) - 1)]
+            parts = [self._document(document) for document in pack]
+            parts[-1] = parts[-1][: n - sum(len(part) for part in parts[:-1])]
+            ids = np.concatenate(parts)
+            positions = np.concatenate([np.arange(len(part)) for part in parts])
+        else:
+            document = int(np.searchsorted(starts.cumsum(), choice, side="right"))
+            start = int(where * starts[document])
+            ids = self._document(document)[start : start + n]
+            positions = np.arange(n)
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64)),
+            "position_ids": torch.from_numpy(positions),
+            "packed": bool(choice >= total),
+            "scale": scale,
+            "seed": row_seed,
+        }
+
+    def _document(self, index: int) -> np.ndarray[Any, np.dtype[Any]]:
+        ids: np.ndarray[Any, np.dtype[Any]] = self.tokens[index]["input_ids"]
+        return ids
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Stack items of one length.
+
+    Returns:
+        ``input_ids`` (B, n), ``scale`` float32 (B,), ``seed`` int64 (B,), and, only where a window
+        is packed, ``position_ids`` (B, n): without them the host takes its fastest causal path.
+    """
+    batch = {
+        "input_ids": torch.stack([item["input_ids"] for item in items]),
+        "scale": torch.tensor([item["scale"] for item in items], dtype=torch.float32),
+        "seed": torch.tensor([item["seed"] for item in items], dtype=torch.int64),
+    }
+    if any(item["packed"] for item in items):
+        batch["position_ids"] = torch.stack([item["position_ids"] for item in items])
+    return batch

@@ -1,0 +1,327 @@
+"""Extending a model instance, and taking the extension back."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ClexConfig
+from ..errors import ConfigError, UnsupportedModelError
+from ..rope import RopeSpec
+from ..scaling import Scaling, get_scaling
+from .rotary import ALL_LAYERS, ScaledRope
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Checked by tests; others of the same skeleton are found as well.
+CHECKED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox")
+
+_SUFFIX = "original_inv_freq"
+
+
+def extend(model: ModelT, config: ClexConfig | None = None) -> ModelT:
+    """Give one model instance frequencies that follow the length of the text.
+
+    Only the instance's rotary module is replaced; nothing else of the model or of transformers is
+    touched, and other models in the process stay as they are. At t = 1 the logits are bit-equal
+    to the plain model's.
+
+    Args:
+        model: a RoPE decoder of transformers, on any device, in any dtype.
+        config: what to do; `ClexConfig()` if not given.
+
+    Returns:
+        The same instance.
+
+    Raises:
+        UnsupportedModelError: no rotary module of the common form, or one that would not react.
+        ConfigError: a value is unknown or contradicts the model; the model is then unchanged.
+    """
+    config = config or ClexConfig()
+    if extension_of(model) is not None:
+        raise ConfigError("the model is extended already; call clex.restore(model) first")
+    parent, name, stock = _find_rotary(model)
+    specs = rope_specs(model, stock, config)
+    scaling_type = get_scaling(config.method)
+    rope = ScaledRope(stock, {key: scaling_type(spec, config) for key, spec in specs.items()})
+    rope.to(next(model.parameters()).device)
+    rope.train(model.training)
+    _check_effect(model, rope, config)
+    setattr(parent, name, rope)
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Put the stock rotary module back. Does nothing to a model that is not extended."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, ScaledRope):
+                setattr(module, name, child.stock)
+    return model
+
+
+def extension_of(model: nn.Module) -> ScaledRope | None:
+    """The extension of `model`, found anew each time: wrappers such as PEFT copy modules."""
+    return next((m for m in model.modules() if isinstance(m, ScaledRope)), None)
+
+
+def require_extension(model: nn.Module) -> ScaledRope:
+    """Like `extension_of`, for callers that cannot go on without.
+
+    Raises:
+        ConfigError: the model is not extended.
+    """
+    rope = extension_of(model)
+    if rope is None:
+        raise ConfigError(f"this {type(model).__name__} is not extended; call clex.extend first")
+    return rope
+
+
+def config_of(model: nn.Module) -> ClexConfig:
+    """The config that `model` was extended with, `native_length` filled in."""
+    scaling: Any = next(iter(require_extension(model).scalings.values()))
+    config: ClexConfig = scaling.config
+    return config.replace(
+        native_length=scaling.spec.native_length, options=scaling_options(scaling)
+    )
+
+
+def scaling_options(scaling: Scaling) -> dict[str, Any]:
+    """The options that a scaling was made with (a learned one passes them to its base)."""
+    base: Any = getattr(scaling, "base", scaling)
+    return dict(base.config.options)
+
+
+@contextmanager
+def at_scale(
+    model: nn.Module,
+    t: float | Sequence[float] | Tensor,
+    positions: Tensor | None = None,
+) -> Iterator[None]:
+    """Hold the length scale at `t` inside the block.
+
+    Use it around generation: keys are cached after rotation, so t must not change while a cache
+    lives. Without it each forward call takes t from its own largest position.
+
+    Args:
+        model: an extended model.
+        t: one scale for all rows, or one for each row of the batch; at least 1.
+        positions: sampled positions (B, T) for training, see `clex.positions`.
+
+    Raises:
+        ConfigError: a scale is below 1, or the model is not extended.
+    """
+    ropes = [m for m in model.modules() if isinstance(m, ScaledRope)]
+    if not ropes:
+        require_extension(model)
+    scale: float | Tensor
+    if isinstance(t, int | float):
+        scale = _checked_scale(float(t), config_of(model).max_scale)
+    else:
+        # A tensor may live on a device, where reading its values to check them would wait.
+        scale = t if isinstance(t, Tensor) else torch.tensor([float(value) for value in t])
+        scale = scale.to(next(model.parameters()).device, torch.float32)
+    before = [(rope.scale, rope.positions) for rope in ropes]
+    try:
+        for rope in ropes:
+            rope.scale, rope.positions = scale, positions
+        yield
+    finally:
+        for rope, (old_scale, old_positions) in zip(ropes, before, strict=True):
+            rope.scale, rope.positions = old_scale, old_positions
+
+
+def frequencies(model: nn.Module, t: float) -> Tensor | dict[str, Tensor]:
+    """The inv_freq that an extended model uses at scale `t`.
+
+    Returns:
+        float32, shape (F,), radians per token; a dictionary by layer type for models that have one
+        rotary for each.
+
+    Raises:
+        ConfigError: `t` is below 1, or the model is not extended.
+    """
+    rope = require_extension(model)
+    t = _checked_scale(float(t), config_of(model).max_scale)
+    result = {}
+    with torch.no_grad():
+        for key, module in rope.scalings.items():
+            scaling: Any = module
+            result[key] = scaling.inv_freq(
+                torch.tensor([t], device=scaling.inv_freq_native.device)
+            )[0].clone()
+    return result[ALL_LAYERS] if list(result) == [ALL_LAYERS] else result
+
+
+def scale_for(model: nn.Module, length: int) -> float:
+    """The scale t that an extended model uses for a text of `length` tokens, on its grid."""
+    scaling: Any = next(iter(require_extension(model).scalings.values()))
+    return float(scaling.scale_for(torch.tensor(length)))
+
+
+def _checked_scale(t: float, max_scale: float) -> float:
+    if not t >= 1:
+        raise ConfigError(f"the scale must be at least 1, not {t}")
+    if t > max_scale:
+        warnings.warn(
+            f"scale {t:g} is above max_scale {max_scale:g} and is used as {max_scale:g}",
+            stacklevel=4,
+        )
+        return max_scale
+    return t
+
+
+def _find_rotary(model: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+    """The parent, attribute name and module of the text decoder's rotary embedding."""
+    decoder: nn.Module = model
+    if callable(getattr(model, "get_decoder", None)):
+        decoder = model.get_decoder() or model  # type: ignore[operator]
+    found = [
+        (parent, name, child)
+        for parent in decoder.modules()
+        for name, child in parent.named_children()
+        if _is_rotary(child)
+    ]
+    supported = f"checked families: {', '.join(CHECKED_FAMILIES)}, and others of the same form"
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no rotary module that clex can extend ({supported})"
+        )
+    if len(found) > 1:
+        names = ", ".join(name for _, name, _ in found)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(found)} rotary modules ({names}) and clex extends"
+            f" models with one ({supported})"
+        )
+    return found[0]
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """The common skeleton: forward(x, position_ids, ...) around a frequency buffer of its own."""
+    if not any(name.endswith(_SUFFIX) for name, _ in module.named_buffers(recurse=False)):
+        return False
+    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+    return parameters[:3] == ["self", "x", "position_ids"]
+
+
+def rope_specs(model: nn.Module, stock: nn.Module, config: ClexConfig) -> dict[str, RopeSpec]:
+    """Read the rotary settings of a host. The only function that knows its config fields.
+
+    Returns:
+        A `RopeSpec` under `ALL_LAYERS`, or one for each layer type that is to be extended.
+
+    Raises:
+        UnsupportedModelError: the rotary changes its frequencies by itself (dynamic, longrope).
+        ConfigError: the native length is not known, or a wanted layer type does not exist.
+    """
+    host: Any = getattr(stock, "config", None) or model.config
+    parameters: dict[str, Any] = getattr(host, "rope_parameters", None) or {}
+    prefixes = [
+        name.removesuffix(_SUFFIX)
+        for name, _ in stock.named_buffers(recurse=False)
+        if name.endswith(_SUFFIX)
+    ]
+    layer_types = [prefix.removesuffix("_") for prefix in prefixes if prefix]
+    if not layer_types:
+        if config.layer_types:
+            raise ConfigError(
+                f"{type(model).__name__} has no layer types, got {', '.join(config.layer_types)}"
+            )
+        return {ALL_LAYERS: _rope_spec(model, stock, host, parameters, "", config)}
+    wanted = config.layer_types or tuple(n for n in layer_types if "sliding" not in n)
+    for name in wanted:
+        if name not in layer_types:
+            raise ConfigError(f"unknown layer type {name!r} (valid: {', '.join(layer_types)})")
+    return {
+        name: _rope_spec(model, stock, host, parameters.get(name, {}), f"{name}_", config)
+        for name in wanted
+    }
+
+
+def _rope_spec(
+    model: nn.Module,
+    stock: nn.Module,
+    host: Any,
+    parameters: dict[str, Any],
+    prefix: str,
+    config: ClexConfig,
+) -> RopeSpec:
+    rope_type = parameters.get("rope_type", "default")
+    if "dynamic" in rope_type or rope_type == "longrope":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} uses rope_type {rope_type!r}, whose frequencies change with"
+            " the length already; load it with the default rope_type first"
+        )
+    inv_freq: Tensor = getattr(stock, f"{prefix}inv_freq")
+    if inv_freq.dtype != torch.float32:
+        # model.to(bfloat16) rounds the buffer, which costs whole radians: make it anew.
+        inv_freq = _fresh_inv_freq(stock, host, prefix, inv_freq.device)
+    length = (
+        config.native_length
+        or parameters.get("original_max_position_embeddings")
+        or getattr(host, "max_position_embeddings", None)
+    )
+    if not length:
+        raise ConfigError(
+            f"{type(model).__name__} does not say how long a text it was trained on;"
+            " give native_length"
+        )
+    return RopeSpec(
+        inv_freq=inv_freq.detach().cpu().clone(),
+        native_length=int(length),
+        rope_theta=float(parameters.get("rope_theta", getattr(host, "rope_theta", 10_000.0))),
+        attention_scaling=float(getattr(stock, f"{prefix}attention_scaling")),
+    )
+
+
+def _fresh_inv_freq(stock: nn.Module, host: Any, prefix: str, device: torch.device) -> Tensor:
+    with torch.device(device):
+        fresh: Any = type(stock)(host)
+    inv_freq: Tensor = getattr(fresh, f"{prefix}inv_freq")
+    if inv_freq.dtype != torch.float32:
+        raise UnsupportedModelError(
+            f"{type(stock).__name__} keeps its frequencies in {inv_freq.dtype}, not float32"
+        )
+    return inv_freq
+
+
+def _check_effect(model: nn.Module, rope: ScaledRope, config: ClexConfig) -> None:
+    """Fail where the extension would change nothing, or would change the short window."""
+    if config.max_scale <= 1:
+        raise ConfigError(f"max_scale must be above 1, not {config.max_scale:g}")
+    key, scaling = next(iter(rope.scalings.items()))
+    assert isinstance(scaling, Scaling)
+    device = scaling.inv_freq_native.device
+    layer_type = () if key == ALL_LAYERS else (key,)
+    x = torch.zeros(1, 8, 1, device=device)
+    position_ids = torch.arange(8, device=device)[None]
+
+    def tables(t: float) -> list[Tensor]:
+        rope.scale = t
+        table = rope(x, position_ids, *layer_type)
+        return [table] if isinstance(table, Tensor) else list(table)
+
+    with torch.no_grad():
+        stock = rope.stock(x, position_ids, *layer_type)
+        stock = [stock] if isinstance(stock, Tensor) else list(stock)
+        one, most = tables(1.0), tables(config.max_scale)
+    rope.scale = None
+    name = f"{type(model).__name__} ({type(rope.stock).__name__})"
+    same = all(torch.equal(a, b) for a, b in zip(stock, one, strict=True))
+    fresh = scaling.inv_freq_native.cpu().equal(getattr(rope.stock, _freq_name(key)).cpu())
+    if scaling.exact_at_one and fresh and not same:
+        raise UnsupportedModelError(f"{name} does not give its own table back at t = 1")
+    if config.method != "none" and all(torch.equal(a, b) for a, b in zip(one, most, strict=True)):
+        raise UnsupportedModelError(
+            f"{name} does not react to its frequencies; nothing would change"
+        )
+
+
+def _freq_name(key: str) -> str:
+    return "inv_freq" if key == ALL_LAYERS else f"{key}_inv_freq"

@@ -1,0 +1,347 @@
+"""The whole job behind `clex extend`: check everything, measure, train, measure again, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+
+from .config import ClexConfig
+from .data import load_tokens, split_documents
+from .errors import CheckpointError, ConfigError, OutputError
+from .evaluation.perplexity import (
+    PerplexityPlan,
+    Row,
+    as_method,
+    cut_windows,
+    evaluate_extended,
+    evaluate_methods,
+)
+from .evaluation.report import table, write_report
+from .files import output_errors, read_json, write_json
+from .hf.checkpoint import base_name, is_checkpoint, load
+from .hf.extend import config_of, extend
+from .hf.models import load_base, load_tokenizer
+from .training import TrainConfig, check_plan, train
+from .version import __version__
+
+RUN_FILE = "run.json"
+_BASELINE_FILE = "baseline.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How a model is measured before and after training.
+
+    Args:
+        lengths: tokens; L, 2L, 4L ... up to the longest the extension allows if not given.
+        documents: most held-out documents.
+        windows: most windows of each document.
+    """
+
+    lengths: tuple[int, ...] | None = None
+    documents: int | None = 10
+    windows: int = 1
+
+    def plan(self, native_length: int, max_scale: float) -> PerplexityPlan:
+        """The plan for a model."""
+        return PerplexityPlan.for_model(
+            native_length,
+            max_scale,
+            self.lengths,
+            documents=self.documents,
+            windows=self.windows,
+        )
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto`` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: the device does not exist.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager[Any]:
+    """bfloat16 matrix work on GPUs, plain float32 elsewhere."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def run_extend(
+    model_name: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    clex: ClexConfig,
+    training: TrainConfig,
+    evaluation: EvalConfig,
+    eval_data: str | Path | None = None,
+    field: str = "text",
+    start: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> list[Row]:
+    """Extend a model's context window and say what came of it.
+
+    Everything that can be wrong with the input is found before `out` is touched. A run that was
+    interrupted goes on when it is started again with the same settings.
+
+    Args:
+        model_name: see `clex.hf.models.load_base`.
+        data: training text, see `clex.data.load_tokens`.
+        out: folder for the result; made if it does not exist.
+        clex: how the model is extended.
+        training: how it is trained.
+        evaluation: how it is measured.
+        eval_data: held-out text; a tenth of the documents of `data` is held out if not given.
+        field: column or key of the text.
+        start: an extended model to go on from, instead of a fresh extension of `model_name`.
+        overwrite: delete what an earlier run left in `out`.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        console: where progress and tables go.
+
+    Returns:
+        Rows for the base model, training-free YaRN, and the extended model.
+
+    Raises:
+        ClexError: one line that says what is wrong with the input or the output folder.
+    """
+    console = console or Console(stderr=True)
+    out = Path(out)
+    settings = {
+        "model": model_name,
+        "data": str(data),
+        "eval_data": str(eval_data) if eval_data else None,
+        "field": field,
+        "start": str(start) if start else None,
+        "clex": clex.to_dict(),
+        "training": training.to_dict(),
+        "evaluation": dataclasses.asdict(evaluation),
+    }
+    place = choose_device(device)
+    _check_output(out, settings, overwrite)
+    console.print(f"loading [bold]{model_name}[/bold]")
+    frozen = training.depth != "full" and place.type == "cuda" and training.precision != "fp32"
+    dtype = torch.bfloat16 if frozen else torch.float32
+    plain = load_base(model_name, dtype=dtype, device=place)
+    tokenizer = load_tokenizer(model_name)
+    tokens = load_tokens(data, tokenizer, field)
+    if eval_data is None:
+        tokens, held_out = split_documents(tokens)
+    else:
+        held_out = load_tokens(eval_data, tokenizer, field)
+    with as_method(plain, clex) as probe:
+        resolved = config_of(probe)
+    native = resolved.native_length
+    assert native is not None
+    check_plan(resolved, training, tokens)
+    plan = evaluation.plan(native, resolved.max_scale)
+    cut_windows(held_out, plan)
+    _say_lengths(console, list(tokens["length"]), native, resolved.max_scale)
+
+    with _claimed(out, settings, overwrite):
+        baseline_file = out / _BASELINE_FILE
+        if baseline_file.is_file():
+            rows = [Row(**row) for row in read_json(baseline_file)]
+        else:
+            free = {
+                "base": None,
+                "yarn": ClexConfig(
+                    method="yarn", native_length=native, max_scale=resolved.max_scale, grid="none"
+                ),
+            }
+            with autocast(place, training.precision):
+                rows = evaluate_methods(plain, held_out, plan, free, console)
+            write_json(baseline_file, [row.to_dict() for row in rows])
+        model = load(start, plain) if start is not None else extend(plain, clex)
+        model = train(
+            model,
+            tokens,
+            training,
+            out,
+            base_model=model_name,
+            tokenizer=tokenizer,
+            console=console,
+        )
+        with autocast(place, training.precision):
+            rows += evaluate_extended(model, held_out, plan, console=console)
+        write_report(rows, out, native)
+    for protocol in ("window", "target"):
+        console.print(table(rows, protocol))
+    console.print(f"written to [bold]{out}[/bold]: results.json, results.csv, perplexity.png")
+    return rows
+
+
+def _say_lengths(console: Console, lengths: list[int], native: int, max_scale: float) -> None:
+    """How many documents reach each length that the extension aims at."""
+    parts = []
+    size = native
+    while size <= native * max_scale:
+        parts.append(f"{sum(n >= size for n in lengths)} of {size:,} or more")
+        size *= 2
+    console.print(f"{len(lengths)} training documents, by length in tokens: {'; '.join(parts)}")
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    return {
+        "clex": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _check_output(out: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse a folder that holds anything else than this very run."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file, not a folder")
+    content = [p.name for p in out.iterdir() if p.name != ".lock"]
+    if not content:
+        return
+    if RUN_FILE not in content:
+        raise OutputError(f"{out} is not empty and was not written by clex extend; choose another")
+    if overwrite:
+        return
+    try:
+        before = read_json(out / RUN_FILE)["settings"]
+    except (CheckpointError, KeyError, TypeError):
+        raise OutputError(f"{out / RUN_FILE} is damaged; pass --overwrite to start anew") from None
+    changed = _differences(before, _plain(settings))
+    if changed:
+        raise OutputError(
+            f"{out} holds a run with other settings ({', '.join(changed)});"
+            " pass --overwrite to start anew"
+        )
+    if (out / "results.json").is_file() and is_checkpoint(out):
+        raise OutputError(f"{out} holds this run, finished; pass --overwrite to start anew")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            name
+            for key in keys
+            for name in _differences(before.get(key), now.get(key), f"{prefix}{key}.")
+        ]
+    return [] if before == now else [prefix.rstrip(".")]
+
+
+@contextmanager
+def _claimed(out: Path, settings: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
+    """Hold the output folder for this process, and record what the run is."""
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another process is writing to {out}") from None
+        if overwrite:
+            for entry in out.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != ".lock":
+                    entry.unlink()
+        write_json(out / RUN_FILE, {"settings": _plain(settings), "versions": versions()})
+        yield
+        (out / ".lock").unlink(missing_ok=True)
+
+
+def run_perplexity(
+    model_name: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    methods: list[str],
+    max_scale: float,
+    evaluation: EvalConfig,
+    field: str = "text",
+    device: str = "auto",
+    console: Console | None = None,
+) -> list[Row]:
+    """Perplexity by length of a plain model, or of a result of `run_extend`, with rivals.
+
+    Args:
+        model_name: a plain model, or a folder that `clex.load` reads.
+        data: held-out text.
+        out: folder for the results.
+        methods: training-free methods measured beside it; ``base`` is the model as it is.
+        max_scale: longest scale of a plain model; an extended one brings its own.
+        evaluation: lengths and amount of text.
+        field: column or key of the text.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        console: where progress and tables go.
+
+    Raises:
+        ClexError: one line that says what is wrong.
+    """
+    console, place = console or Console(stderr=True), choose_device(device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    extended: nn.Module | None = None
+    if is_checkpoint(model_name):
+        extended = load(model_name, dtype=dtype, device=place)
+        config = config_of(extended)
+        source = base_name(model_name)
+    else:
+        source = model_name
+        plain = load_base(source, dtype=dtype, device=place)
+        with as_method(plain, ClexConfig(method="none", max_scale=max_scale)) as probe:
+            config = config_of(probe)
+    native = config.native_length
+    assert native is not None
+    plan = evaluation.plan(native, config.max_scale)
+    tokens = load_tokens(data, load_tokenizer(source), field)
+    cut_windows(tokens, plan)
+    rows: list[Row] = []
+    if extended is not None:
+        rows += evaluate_extended(extended, tokens, plan, console=console)
+        del extended
+        plain = load_base(source, dtype=dtype, device=place)
+    free = {
+        name: None
+        if name == "base"
+        else ClexConfig(method=name, max_scale=config.max_scale, native_length=native, grid="none")
+        for name in methods
+    }
+    rows = evaluate_methods(plain, tokens, plan, free, console) + rows
+    if not rows:
+        raise ConfigError("nothing to measure: give --methods")
+    write_report(rows, out, native)
+    for protocol in ("window", "target"):
+        console.print(table(rows, protocol))
+    return rows

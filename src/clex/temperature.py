@@ -1,0 +1,81 @@
+"""The temperature of attention as a function of the length scale.
+
+A longer text gives each query more keys, and the softmax flattens. All rules here multiply the
+logits by a(t)**2, done by multiplying cos and sin of queries and keys by a(t). At t = 1 every rule
+is exactly 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, unknown
+
+
+class Temperature(nn.Module):
+    """a(t), the factor on cos and sin. The base class is the rule ``"none"``: always 1."""
+
+    def __init__(self, native_length: int) -> None:
+        super().__init__()
+        self.native_length = native_length
+
+    def forward(self, t: Tensor) -> Tensor:
+        """a(t), float32, same shape as `t`; `t` is at least 1."""
+        return torch.ones_like(t)
+
+
+class LogN(Temperature):
+    """a**2 = ln(N) / ln(native_length) with N = t * native_length keys, never below 1.
+
+    The same number as LongRoPE's attention factor. The released CLEX uses the keys that are in the
+    cache so far, without the lower limit, which flattens prompts shorter than the window.
+    """
+
+    def forward(self, t: Tensor) -> Tensor:
+        return (1 + t.log() / math.log(self.native_length)).sqrt()
+
+
+class YarnTemperature(Temperature):
+    """a = 0.1 ln(t) + 1 (YaRN, arXiv 2309.00071, section 3.4)."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return 0.1 * t.log() + 1
+
+
+class Learned(Temperature):
+    """log-n with two learned numbers, its size p and its curvature q.
+
+    ``ln a**2 = e**p * ln(1 + e**q * ln(t) / ln(native_length))``, log-n itself at p = q = 0, where
+    it starts. For any p and q it is 0 at t = 1 and never falls with t, so it extrapolates soundly.
+    """
+
+    def __init__(self, native_length: int) -> None:
+        super().__init__(native_length)
+        self.log_gain = nn.Parameter(torch.zeros(()))
+        self.log_rate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, t: Tensor) -> Tensor:
+        growth = self.log_rate.exp() * t.log() / math.log(self.native_length)
+        return (0.5 * self.log_gain.exp() * growth.log1p()).exp()
+
+
+TEMPERATURES: dict[str, type[Temperature]] = {
+    "none": Temperature,
+    "log_n": LogN,
+    "yarn": YarnTemperature,
+    "learned": Learned,
+}
+
+
+def make_temperature(name: str, native_length: int) -> Temperature:
+    """The rule called `name` for a model trained on `native_length` tokens.
+
+    Raises:
+        ConfigError: there is no such rule.
+    """
+    if name not in TEMPERATURES:
+        raise ConfigError(unknown("temperature", name, TEMPERATURES))
+    return TEMPERATURES[name](native_length)

@@ -1,0 +1,477 @@
+"""Training an extended model, on the Trainer of transformers.
+
+One flag decides how much of the model moves: ``dynamics`` fits the few numbers of the extension
+on windows of the true target lengths, ``lora`` adds low-rank adapters, ``full`` trains all weights;
+the last two at one train length, with sampled positions that show the distances of longer texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .config import ClexConfig
+from .data import WindowPlan, Windows, collate
+from .errors import ConfigError, TrainingError, unknown
+from .files import write_json
+from .hf.checkpoint import WEIGHTS_FILE, Weights, load_extension_state, save
+from .hf.extend import at_scale, config_of, require_extension
+from .hf.loss import TokenLoss
+from .hf.rotary import ScaledRope
+from .positions import get_sampler, sample_positions
+
+DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
+_COMPLETE = "complete.json"
+
+# What is tried first at each depth; see docs/log.md for the runs that chose these.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dynamics": {"steps": 120, "dynamics_rate": 1e-2, "native_share": 0.0, "batch_size": 1},
+    "lora": {"steps": 200, "rate": 2e-4, "dynamics_rate": 1e-3, "native_share": 0.25},
+    "full": {"steps": 200, "rate": 2e-4, "dynamics_rate": 1e-3, "native_share": 0.25},
+}
+_FROM_DEPTH: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How an extended model is trained. Values that are not given depend on `depth`.
+
+    Args:
+        depth: ``"dynamics"`` (weights frozen), ``"lora"`` or ``"full"``.
+        train_length: tokens of a window; the native length if not given. At depth ``dynamics``
+            windows have the true length of their scale and this has no use.
+        steps: optimiser steps.
+        rate: learning rate of weights or adapters.
+        dynamics_rate: learning rate of the extension.
+        batch_size: windows in a forward pass.
+        accumulation: forward passes in a step.
+        warmup: share of the steps in which the rates rise.
+        weight_decay: on weights; never on the extension.
+        clip: largest gradient norm, of the weights and of the extension each on its own.
+        native_share: share of windows at t = 1 with plain positions.
+        loss_windows: at depth ``dynamics`` the last ``loss_windows * native_length`` tokens of a
+            window are scored: those for which the distances are new.
+        lora_rank: rank of the adapters.
+        seed: of everything that is drawn.
+        save_every: steps between checkpoints.
+        precision: ``"auto"`` (bfloat16 on GPUs that have it), ``"bf16"`` or ``"fp32"``.
+        checkpointing: recompute activations in the backward pass: ``"auto"`` (for windows above
+            16,384 tokens), ``"on"`` or ``"off"``.
+        compile: compile the decoder layers with torch.compile.
+        report_to: logging integrations of the Trainer, such as ``tensorboard``.
+
+    Raises:
+        ConfigError: a value is unknown or out of range.
+    """
+
+    depth: str = "dynamics"
+    train_length: int | None = None
+    steps: int = _FROM_DEPTH
+    rate: float = _FROM_DEPTH
+    dynamics_rate: float = _FROM_DEPTH
+    batch_size: int = _FROM_DEPTH
+    accumulation: int = 1
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    native_share: float = _FROM_DEPTH
+    loss_windows: float = 2.0
+    lora_rank: int = 16
+    seed: int = 0
+    save_every: int = 50
+    precision: str = "auto"
+    checkpointing: str = "auto"
+    compile: bool = False
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.depth not in DEPTHS:
+            raise ConfigError(unknown("training depth", self.depth, DEPTHS))
+        fallback = {"rate": 0.0, "batch_size": 1, **_DEFAULTS[self.depth]}
+        for name, value in fallback.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, valid in (
+            ("precision", ("auto", "bf16", "fp32")),
+            ("checkpointing", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in valid:
+                raise ConfigError(unknown(name, getattr(self, name), valid))
+        limits = {
+            "steps": (1, 10_000_000),
+            "batch_size": (1, 65536),
+            "accumulation": (1, 65536),
+            "rate": (0.0, 10.0),
+            "dynamics_rate": (0.0, 10.0),
+            "warmup": (0.0, 1.0),
+            "native_share": (0.0, 1.0),
+            "loss_windows": (0.01, 1e6),
+            "lora_rank": (1, 4096),
+            "save_every": (1, 10_000_000),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
+        if self.train_length is not None and not 8 <= self.train_length <= 2**27:
+            raise ConfigError(f"train_length = {self.train_length} is out of range (at least 8)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def train(
+    model: nn.Module,
+    tokens: datasets.Dataset,
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    tokenizer: Any = None,
+    console: Console | None = None,
+) -> nn.Module:
+    """Train an extended model and save it to `folder`.
+
+    An interrupted run goes on from its last checkpoint when it is started again on the same folder.
+
+    Args:
+        model: from `clex.extend`.
+        tokens: documents, from `clex.data.load_tokens`.
+        config: how to train.
+        folder: for checkpoints, the log (`log.jsonl`) and the result, which `clex.load` reads.
+        base_model: name of the plain model, kept in the result.
+        tokenizer: saved with the result where weights are saved.
+        console: where progress is shown.
+
+    Returns:
+        The trained model; a PEFT model at depth ``lora``.
+
+    Raises:
+        ConfigError: the train length does not fit the model or the sampler.
+        DataError: documents are too short.
+        TrainingError: the loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    folder = Path(folder)
+    extension = config_of(model)
+    plan = check_plan(extension, config, tokens)
+    items = config.steps * config.batch_size * config.accumulation * _world_size()
+    windows = Windows(tokens, plan, items, config.seed)
+    model = _prepare(model, config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
+    assert extension.native_length is not None
+    longest = plan.tokens or round(extension.native_length * extension.max_scale)
+    arguments = _arguments(config, folder / "checkpoints", longest)
+    trainer = ExtensionTrainer(
+        model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
+    )
+    trainer.add_callback(_Progress(trainer, folder / "log.jsonl", console or Console(stderr=True)))
+    checkpoint = _last_complete(folder / "checkpoints")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save(
+        model,
+        folder,
+        weights=DEPTHS[config.depth],
+        base_model=base_model,
+        tokenizer=tokenizer if config.depth != "dynamics" else None,
+    )
+    return model.eval()
+
+
+def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Dataset) -> WindowPlan:
+    """What training windows will look like, after all checks that need no training.
+
+    Args:
+        extension: the config of an extended model, `native_length` filled in.
+        config: how it is to be trained.
+        tokens: training documents.
+
+    Raises:
+        ConfigError: the train length does not fit the extension, or the sampler is unknown.
+        DataError: the documents are too short.
+    """
+    native = extension.native_length
+    assert native is not None
+    length = None if config.depth == "dynamics" else (config.train_length or native)
+    if length is not None and length > native * extension.max_scale:
+        raise ConfigError(
+            f"train length {length} is above max_scale * native_length ="
+            f" {extension.max_scale:g} * {native} = {round(extension.max_scale * native)}"
+        )
+    get_sampler(extension.positions)
+    plan = WindowPlan(
+        tokens=length,
+        native_length=native,
+        max_scale=extension.max_scale,
+        native_share=config.native_share,
+        integer_scales=extension.integer_scales,
+    )
+    Windows(tokens, plan, count=1)
+    return plan
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _prepare(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Freeze what must not move, and add adapters at depth ``lora``."""
+    if config.depth == "full":
+        model.requires_grad_(True)
+    else:
+        model.requires_grad_(False)
+    if config.depth == "lora":
+        lora = peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules="all-linear",
+            # The extension's own small layers are trained as they are.
+            exclude_modules=r".*\.scalings\..*",
+            task_type="CAUSAL_LM",
+        )
+        model = peft.get_peft_model(model, lora)
+    require_extension(model).scalings.requires_grad_(True)
+    return model
+
+
+def _arguments(config: TrainConfig, folder: Path, longest: int) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    )
+    checkpointing = config.checkpointing == "on" or (
+        config.checkpointing == "auto" and longest > 16384
+    )
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup * config.steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        adam_beta2=0.95,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=bf16,
+        use_cpu=not cuda,
+        gradient_checkpointing=checkpointing,
+        # The reentrant form walks the shared cos/sin graph once per layer and finds it freed.
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        torch_compile=config.compile,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        disable_tqdm=True,
+        report_to=list(config.report_to) or "none",
+        accelerator_config={"use_seedable_sampler": True},
+    )
+
+
+class ExtensionTrainer(Trainer):
+    """The Trainer with sampled positions, bounded-memory loss and two kinds of parameters."""
+
+    def __init__(self, *, config: TrainConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        self.extended: Any = self.model
+        self.extension = config_of(self.extended)
+        causal = self.extended
+        if isinstance(causal, peft.PeftModel):
+            causal = causal.get_base_model()
+        self.token_loss = TokenLoss(causal)
+        self.tokens_seen = 0
+        self.folder = Path(str(self.args.output_dir))
+        self.windows: Any = self.train_dataset
+        # Our loss is a mean over the batch; the Trainer is to divide it by the accumulation.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self._pending: Tensor | None = None
+        # No "default" handlers that print: progress is shown by our own callback.
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ == "PrinterCallback":
+                self.remove_callback(callback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        # Items are random already, each by its own number.
+        return SequentialSampler(self.windows)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean loss over the scored tokens of the batch."""
+        inputs = dict(inputs)
+        scale, seed = inputs.pop("scale"), inputs.pop("seed")
+        ids, native = inputs["input_ids"], self.extension.native_length
+        assert native is not None
+        n = ids.shape[1]
+        self.tokens_seen += ids.numel()
+        last, positions = n - 1, None
+        if self.config.depth == "dynamics":
+            last = min(n - 1, round(self.config.loss_windows * native))
+        else:
+            positions = sample_positions(self.extension.positions, n, scale, seed, native)
+        with at_scale(self.extended, scale, positions), self.accelerator.autocast():
+            losses, _ = self.token_loss(model, last=last, **inputs)
+        self._watch(losses)
+        if "position_ids" in inputs:
+            scored = (inputs["position_ids"][:, -last:] != 0).float()
+            loss = (losses * scored).sum() / scored.sum().clamp(min=1)
+        else:
+            loss = losses.mean()
+        return (loss, None) if return_outputs else loss
+
+    def _watch(self, losses: Tensor) -> None:
+        """Stop at a loss that is no number; looks one step back, so as not to wait."""
+        before, self._pending = self._pending, losses.detach().isfinite().all()
+        self._require_finite(before, self.state.global_step)
+
+    def _require_finite(self, flag: Tensor | None, step: int) -> None:
+        if flag is not None and not flag.item():
+            good = _last_complete(self.folder)
+            where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            raise TrainingError(f"the loss is not a number at step {max(step, 1)}; {where}")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the extension's own rate and without decay on it."""
+        if self.optimizer is None:
+            ours = {id(p) for p in _extension_parameters(self.extended)}
+            rest = [p for p in self.extended.parameters() if p.requires_grad and id(p) not in ours]
+            groups: list[dict[str, Any]] = [
+                {
+                    "params": [p for p in rest if p.dim() > 1],
+                    "lr": self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay,
+                },
+                {
+                    "params": [p for p in rest if p.dim() <= 1],
+                    "lr": self.args.learning_rate,
+                    "weight_decay": 0.0,
+                },
+                {
+                    "params": [p for p in _extension_parameters(self.extended) if p.requires_grad],
+                    "lr": self.config.dynamics_rate,
+                    "weight_decay": 0.0,
+                },
+            ]
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.extended)
+            options.pop("lr", None)
+            self.optimizer = cls([g for g in groups if g["params"]], **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip weights and extension each on its own: a jumpy field must not slow the weights."""
+        ours = {id(p) for p in _extension_parameters(self.extended)}
+        rest = [p for p in model.parameters() if id(p) not in ours and p.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(
+            _extension_parameters(self.extended), self.args.max_grad_norm
+        )
+        return self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm) if rest else norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._require_finite(self._pending, self.state.global_step)
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = self.folder / f"checkpoint-{self.state.global_step}"
+            write_json(folder / _COMPLETE, {"step": self.state.global_step})
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save(
+            self.extended,
+            output_dir or self.folder,
+            weights=DEPTHS[self.config.depth],
+        )
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.config.depth != "dynamics":
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_extension_state(self.extended, Path(resume_from_checkpoint) / WEIGHTS_FILE)
+
+
+def _extension_parameters(model: nn.Module) -> list[nn.Parameter]:
+    ropes = [m for m in model.modules() if isinstance(m, ScaledRope)]
+    return list({id(p): p for rope in ropes for p in rope.scalings.parameters()}.values())
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; unfinished ones are removed."""
+    while folder.is_dir():
+        last = get_last_checkpoint(str(folder))
+        if last is None or (Path(last) / _COMPLETE).is_file():
+            return last
+        shutil.rmtree(last)
+    return None
+
+
+class _Progress(TrainerCallback):
+    """A bar with loss and speed, and the same numbers as lines of JSON in a file."""
+
+    def __init__(self, trainer: ExtensionTrainer, log: Path, console: Console) -> None:
+        self.trainer, self.log = trainer, log
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.progress.add_task(
+            "training", total=trainer.config.steps, loss=math.nan, speed=math.nan
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.start()
+        self.started = time.monotonic()
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        seconds = time.monotonic() - self.started
+        speed = self.trainer.tokens_seen * self.trainer.args.world_size / max(seconds, 1e-9)
+        self.progress.update(self.task, completed=state.global_step, loss=logs["loss"], speed=speed)
+        record = {
+            "step": state.global_step,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(speed),
+            **logs,
+        }
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()

@@ -1,0 +1,191 @@
+"""The learned method: its closed-form twin, the released algorithm, the solver's accuracy."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import references
+from clex.config import ClexConfig
+from clex.errors import ConfigError
+from clex.rope import RopeSpec
+from clex.scaling import get_scaling
+from references import Shape, assert_close, assert_same_bits, in_double, make_spec
+
+MANY_SCALES = torch.cat([torch.linspace(1.0, 16.0, 61), torch.tensor([1.0001, 63.0])])
+
+
+def clex(spec: RopeSpec, **settings: Any) -> Any:
+    settings.setdefault("max_scale", 64.0)
+    torch.manual_seed(0)  # two scalings of one test get the same first layer
+    return get_scaling("clex")(spec, ClexConfig(**settings)).eval()
+
+
+def randomise(scaling: Any, std: float, seed: int = 0) -> Any:
+    """Random numbers in the last layer of the field, where an untrained one has zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    last = scaling.field.down if hasattr(scaling.field, "down") else scaling.field.outer
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.normal_(std=std, generator=generator)
+    return scaling
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_untrained_is_its_twin(spec: RopeSpec, preset: str) -> None:
+    scaling = clex(spec, preset=preset)
+    twin = get_scaling("dynamic_ntk")(spec, ClexConfig(method="dynamic_ntk"))
+    assert_same_bits(scaling.inv_freq(MANY_SCALES), twin.inv_freq(MANY_SCALES))
+    # The negative: any weight shows.
+    randomise(scaling, 0.01)
+    assert not torch.equal(scaling.inv_freq(MANY_SCALES), twin.inv_freq(MANY_SCALES))
+
+
+@pytest.mark.parametrize("base", ["linear", "yarn", "llama3"])
+def test_untrained_is_any_base(base: str) -> None:
+    spec = make_spec(Shape(64, 1e4))
+    twin = get_scaling(base)(spec, ClexConfig(method=base))
+    assert_same_bits(clex(spec, base=base).inv_freq(MANY_SCALES), twin.inv_freq(MANY_SCALES))
+
+
+def test_untrained_paper_is_the_closed_form() -> None:
+    for shape in (Shape(64, 1e4), Shape(128, 1e4), Shape(128, 5e5)):
+        scaling = clex(make_spec(shape), preset="paper")
+        result = scaling.inv_freq(MANY_SCALES)
+        expected = np.stack([references.ntk(shape, 2 * float(t) - 1) for t in MANY_SCALES])
+        # The model's own float32 vector and one float32 exponential; measured 4e-7.
+        assert_close(result, expected, 1e-6)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("activation_width", [1.0, 0.5])
+def test_paper_is_the_released_algorithm(theta: float, activation_width: float) -> None:
+    shape = Shape(head_dim=64, theta=theta)
+    scaling = randomise(clex(make_spec(shape), preset="paper", width=activation_width), 0.005)
+    scales = list(range(1, 17))
+    expected = references.released_clex(
+        shape,
+        up=scaling.field.up.weight.detach().double().numpy().T,
+        down=scaling.field.down.weight.detach().double().numpy().T,
+        scales=scales,
+    )
+    result = scaling.inv_freq(torch.tensor(scales, dtype=torch.float32))
+    # float32 on a residual of about one, and 64 steps to any t in place of 1500.
+    assert_close(result, expected, 1e-5)
+    # The negatives: the residual is there, and the fixed base 10,000 inside the net is seen.
+    untrained = clex(make_spec(shape), preset="paper").inv_freq(torch.tensor([16.0]))[0]
+    assert (result[-1] / untrained).log().abs().max() > 0.05
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_rk4_agrees_with_dopri5(preset: str) -> None:
+    spec = make_spec(Shape(64, 1e4))
+    t = torch.tensor([16.0], dtype=torch.float64)
+    std = 0.005 if preset == "paper" else 0.5
+    results = []
+    for solver in ("rk4", "dopri5"):
+        scaling = in_double(randomise(clex(spec, preset=preset, solver=solver), std))
+        results.append(scaling.ratio(t).detach())
+    # In float64 what is left is the error of the 8 (default) or 64 (paper) steps.
+    assert_close(results[0], results[1].numpy(), 1e-5)
+    coarse = in_double(randomise(clex(spec, preset=preset, steps=1), std))
+    assert not torch.allclose(coarse.ratio(t), results[1], rtol=1e-5), "one step is as good"
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_order_of_the_steps(preset: str) -> None:
+    spec = make_spec(Shape(32, 1e4))
+    t = torch.tensor([4.0], dtype=torch.float64)
+
+    def solution(steps: int) -> Tensor:
+        scaling = clex(spec, preset=preset, steps=steps)
+        return in_double(randomise(scaling, 0.02 if preset == "paper" else 0.5)).ratio(t).detach()
+
+    truth = solution(1024)
+    steps = [16, 32, 64]
+    errors = [float((solution(n) - truth).abs().max()) for n in steps]
+    slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    # Finite steps still show the next order.
+    assert abs(slope + 4) < 0.35, (slope, errors)
+
+
+@pytest.mark.parametrize("base", ["dynamic_ntk", "yarn", "linear", "llama3"])
+@pytest.mark.parametrize("std", [0.1, 10.0])
+def test_modulated_field_is_bounded_for_any_weights(base: str, std: float) -> None:
+    spec = make_spec(Shape(64, 1e4))
+    for seed in range(4):
+        scaling = clex(spec, base=base, bound=1.0)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in scaling.field.parameters():
+                parameter.normal_(std=std, generator=generator)
+            t = torch.logspace(0, math.log10(64), 80)
+            f = scaling.inv_freq(t)
+            residual_rate = scaling.field(t, torch.zeros(len(t), 32), scaling.base.rate(t))
+        # dz/du = -(base rate) exp(B g) with |g| <= 1, so the share lies in [1/e, e].
+        rate, own = scaling.base.rate(t).double(), scaling.base.rate(t) - residual_rate
+        assert (own >= rate * math.exp(-1) - 1e-6).all(), (own - rate * math.exp(-1)).min()
+        assert (own <= rate * math.exp(1) + 1e-5).all(), (own - rate * math.exp(1)).max()
+        assert f.isfinite().all() and (f > 0).all()
+        # 8 steps are solved anew for each t, which leaves their error between neighbours.
+        rise = (f.diff(dim=0) / f[1:]).max()
+        assert rise < 1e-4, f"a frequency rises with t by {rise}"
+
+
+def test_modulated_field_keeps_the_order_of_frequencies() -> None:
+    spec = make_spec(Shape(64, 1e4))
+    t = torch.logspace(0, math.log10(64), 20)
+    for seed in range(10):
+        f = randomise(clex(spec), 0.3, seed).inv_freq(t)
+        assert (f.diff(dim=1) < 0).all(), f"order lost at {int(f.diff(dim=1).argmax())}"
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_gradients(preset: str) -> None:
+    spec = make_spec(Shape(32, 1e4, partial=0.25))
+    scaling = in_double(randomise(clex(spec, preset=preset, steps=3), 0.1))
+    t = torch.tensor([1.0, 3.5], dtype=torch.float64)
+    names = [name for name, _ in scaling.field.named_parameters()]
+
+    def ratio(*values: Tensor) -> Tensor:
+        parameters = {f"field.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(_Ratio(scaling), _prefixed(parameters), (t,))
+
+    values = [p.detach().clone().requires_grad_() for p in scaling.field.parameters()]
+    assert torch.autograd.gradcheck(ratio, values)
+
+
+class _Ratio(torch.nn.Module):
+    """`functional_call` calls forward, and a scaling has none."""
+
+    def __init__(self, scaling: Any) -> None:
+        super().__init__()
+        self.scaling = scaling
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.scaling.ratio(t)
+
+
+def _prefixed(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"scaling.{name}": value for name, value in parameters.items()}
+
+
+def test_parameter_counts() -> None:
+    spec = make_spec(Shape(128, 1e4))
+    paper = sum(p.numel() for p in clex(spec, preset="paper").field.parameters())
+    assert paper == 16_384
+    assert sum(p.numel() for p in clex(spec).field.parameters()) < 500
+
+
+@pytest.mark.parametrize("base", ["ntk", "abf", "clex"])
+def test_methods_without_a_rate_are_no_base(base: str) -> None:
+    with pytest.raises(ConfigError, match="base"):
+        clex(make_spec(Shape(64, 1e4)), base=base)
+
+
+def test_unknown_field() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'modulated'"):
+        clex(make_spec(Shape(64, 1e4)), field="modulatd")
