@@ -25,9 +25,11 @@ PICTURE = (
     ("hf",),
     ("data",),
     ("training",),
+    ("evaluation.perplexity",),
     ("evaluation.*",),
     ("evaluation",),
-    ("demo",),
+    ("run",),
+    ("demo", "demo.*"),
     ("cli",),
     ("__main__", ""),
 )

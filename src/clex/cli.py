@@ -59,6 +59,9 @@ Model = Annotated[
 Lengths = Annotated[
     str | None, typer.Option(help="Evaluation lengths in tokens, such as 4096,8192,16384.")
 ]
+Rivals = Annotated[
+    str, typer.Option(help="Training-free methods to compare with; base is the plain model.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Field = Annotated[str, typer.Option(help="Column or key that holds the text.")]
 
@@ -113,7 +116,8 @@ def extend(
         str | None, typer.Option(help="Trainer integrations, such as tensorboard,wandb.")
     ] = None,
     eval_lengths: Lengths = None,
-    eval_documents: Annotated[int, typer.Option(help="Most held-out documents.")] = 10,
+    rivals: Rivals = "base,yarn",
+    eval_documents: Annotated[int | None, typer.Option(help="Most held-out documents.")] = None,
     eval_windows: Annotated[int, typer.Option(help="Most windows of a document.")] = 1,
     field: Field = "text",
     device: Device = "auto",
@@ -150,14 +154,17 @@ def extend(
             **{name: value for name, value in given.items() if value is not None},
         }
     )
+    chosen: dict[str, Any] = {
+        "train_length": train_length,
+        "steps": steps,
+        "rate": rate,
+        "dynamics_rate": dynamics_rate,
+        "batch_size": batch_size,
+        "native_share": native_share,
+    }
     training = TrainConfig(
+        **{name: value for name, value in chosen.items() if value is not None},
         depth=train.value,
-        train_length=train_length,
-        steps=steps,
-        rate=rate,
-        dynamics_rate=dynamics_rate,
-        batch_size=batch_size,
-        native_share=native_share,
         accumulation=accumulation,
         lora_rank=lora_rank,
         seed=seed,
@@ -165,7 +172,7 @@ def extend(
         precision=precision,
         checkpointing=checkpointing,
         compile=compile,
-        report_to=tuple((report_to or "").split(",")) if report_to else (),
+        report_to=_names(report_to or ""),
     )
     run_extend(
         model,
@@ -174,7 +181,10 @@ def extend(
         clex=clex,
         training=training,
         evaluation=EvalConfig(
-            lengths=_lengths(eval_lengths), documents=eval_documents, windows=eval_windows
+            lengths=_lengths(eval_lengths),
+            documents=eval_documents,
+            windows=eval_windows,
+            rivals=_names(rivals),
         ),
         eval_data=eval_data,
         field=field,
@@ -189,12 +199,10 @@ def eval_ppl(
     model: Annotated[str, typer.Argument(help="A plain model, or a result of clex extend.")],
     data: Annotated[str, typer.Option(help="Text that the model was not trained on.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the PNG.")],
-    methods: Annotated[
-        str, typer.Option(help="Training-free methods to compare with, or an empty string.")
-    ] = "base,yarn",
+    rivals: Rivals = "base,yarn",
     max_scale: Annotated[float, typer.Option(help="For a plain model: longest scale.")] = 8.0,
     lengths: Lengths = None,
-    documents: Annotated[int, typer.Option(help="Most documents.")] = 10,
+    documents: Annotated[int | None, typer.Option(help="Most documents.")] = None,
     windows: Annotated[int, typer.Option(help="Most windows of a document.")] = 1,
     field: Field = "text",
     device: Device = "auto",
@@ -206,9 +214,10 @@ def eval_ppl(
         model,
         data,
         out,
-        methods=[name for name in methods.split(",") if name],
         max_scale=max_scale,
-        evaluation=EvalConfig(lengths=_lengths(lengths), documents=documents, windows=windows),
+        evaluation=EvalConfig(
+            lengths=_lengths(lengths), documents=documents, windows=windows, rivals=_names(rivals)
+        ),
         field=field,
         device=device,
     )
@@ -225,6 +234,10 @@ def demo(
     from .demo import run_demo
 
     run_demo(out, overwrite=overwrite)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _lengths(text: str | None) -> tuple[int, ...] | None:

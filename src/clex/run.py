@@ -22,6 +22,7 @@ from .config import ClexConfig
 from .data import load_tokens, split_documents
 from .errors import CheckpointError, ConfigError, OutputError
 from .evaluation.perplexity import (
+    PROTOCOLS,
     PerplexityPlan,
     Row,
     as_method,
@@ -39,6 +40,8 @@ from .version import __version__
 
 RUN_FILE = "run.json"
 _BASELINE_FILE = "baseline.json"
+# Multiplications that two CPU cores do in about five minutes.
+_CPU_BUDGET = 3e13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +50,42 @@ class EvalConfig:
 
     Args:
         lengths: tokens; L, 2L, 4L ... up to the longest the extension allows if not given.
-        documents: most held-out documents.
+        documents: most held-out documents; 10 if not given.
         windows: most windows of each document.
+        rivals: training-free methods measured beside; ``base`` is the model as it is.
     """
 
     lengths: tuple[int, ...] | None = None
-    documents: int | None = 10
+    documents: int | None = None
     windows: int = 1
+    rivals: tuple[str, ...] = ("base", "yarn")
 
-    def plan(self, native_length: int, max_scale: float) -> PerplexityPlan:
-        """The plan for a model."""
-        return PerplexityPlan.for_model(
+    def plan(self, model: nn.Module, native_length: int, max_scale: float) -> PerplexityPlan:
+        """The plan for a model: what was asked for, or what its device does in minutes."""
+        plan = PerplexityPlan.for_model(
             native_length,
             max_scale,
             self.lengths,
-            documents=self.documents,
+            documents=self.documents or 10,
             windows=self.windows,
         )
+        if next(model.parameters()).device.type == "cpu":
+            plan = self._affordable(model, plan)
+        return plan
+
+    def _affordable(self, model: nn.Module, plan: PerplexityPlan) -> PerplexityPlan:
+        """Drop lengths, then documents, that nobody asked for and a CPU would take hours for."""
+        weights = sum(p.numel() for p in model.parameters())
+        texts = (len(self.rivals) + 1) * self.windows
+        lengths, documents = list(plan.lengths), plan.documents or 10
+        while texts * documents * 2 * weights * 2 * sum(lengths) > _CPU_BUDGET:
+            if self.lengths is None and len(lengths) > 1:
+                lengths.pop()
+            elif self.documents is None and documents > 1:
+                documents -= 1
+            else:
+                break
+        return dataclasses.replace(plan, lengths=tuple(lengths), documents=documents)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -140,7 +162,11 @@ def run_extend(
         "evaluation": dataclasses.asdict(evaluation),
     }
     place = choose_device(device)
-    _check_output(out, settings, overwrite)
+    if _is_finished(out, settings, overwrite):
+        rows = [Row(**row) for row in read_json(out / "results.json")]
+        console.print(f"{out} holds this run, finished; --overwrite starts it anew")
+        _say_result(console, rows, out)
+        return rows
     console.print(f"loading [bold]{model_name}[/bold]")
     frozen = training.depth != "full" and place.type == "cuda" and training.precision != "fp32"
     dtype = torch.bfloat16 if frozen else torch.float32
@@ -156,8 +182,13 @@ def run_extend(
     native = resolved.native_length
     assert native is not None
     check_plan(resolved, training, tokens)
-    plan = evaluation.plan(native, resolved.max_scale)
+    plan = evaluation.plan(plain, native, resolved.max_scale)
     cut_windows(held_out, plan)
+    if evaluation.lengths is None and plan.lengths[-1] * 2 <= native * resolved.max_scale:
+        console.print(
+            f"measuring up to {plan.lengths[-1]:,} tokens only, this being a CPU;"
+            " pass --eval-lengths for more"
+        )
     _say_lengths(console, list(tokens["length"]), native, resolved.max_scale)
 
     with _claimed(out, settings, overwrite):
@@ -165,12 +196,7 @@ def run_extend(
         if baseline_file.is_file():
             rows = [Row(**row) for row in read_json(baseline_file)]
         else:
-            free = {
-                "base": None,
-                "yarn": ClexConfig(
-                    method="yarn", native_length=native, max_scale=resolved.max_scale, grid="none"
-                ),
-            }
+            free = _training_free(evaluation.rivals, resolved)
             with autocast(place, training.precision):
                 rows = evaluate_methods(plain, held_out, plan, free, console)
             write_json(baseline_file, [row.to_dict() for row in rows])
@@ -187,10 +213,14 @@ def run_extend(
         with autocast(place, training.precision):
             rows += evaluate_extended(model, held_out, plan, console=console)
         write_report(rows, out, native)
-    for protocol in ("window", "target"):
-        console.print(table(rows, protocol))
-    console.print(f"written to [bold]{out}[/bold]: results.json, results.csv, perplexity.png")
+    _say_result(console, rows, out)
     return rows
+
+
+def _say_result(console: Console, rows: list[Row], out: Path) -> None:
+    for protocol in PROTOCOLS:
+        console.print(table(rows, protocol))
+    console.print(f"in [bold]{out}[/bold]: results.json, results.csv, perplexity.png")
 
 
 def _say_lengths(console: Console, lengths: list[int], native: int, max_scale: float) -> None:
@@ -201,6 +231,22 @@ def _say_lengths(console: Console, lengths: list[int], native: int, max_scale: f
         parts.append(f"{sum(n >= size for n in lengths)} of {size:,} or more")
         size *= 2
     console.print(f"{len(lengths)} training documents, by length in tokens: {'; '.join(parts)}")
+
+
+def _training_free(names: tuple[str, ...], config: ClexConfig) -> dict[str, ClexConfig | None]:
+    """Closed-form rivals of an extension: same native length and range, t not rounded."""
+    return {
+        name: None
+        if name == "base"
+        else ClexConfig(
+            method=name,
+            native_length=config.native_length,
+            max_scale=config.max_scale,
+            layer_types=config.layer_types,
+            grid="none",
+        )
+        for name in names
+    }
 
 
 def versions() -> dict[str, str]:
@@ -214,19 +260,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_output(out: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """Refuse a folder that holds anything else than this very run."""
+def _is_finished(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether `out` holds this very run, finished; refuses a folder that holds anything else."""
     if not out.exists():
-        return
+        return False
     if not out.is_dir():
         raise OutputError(f"{out} is a file, not a folder")
     content = [p.name for p in out.iterdir() if p.name != ".lock"]
     if not content:
-        return
+        return False
     if RUN_FILE not in content:
         raise OutputError(f"{out} is not empty and was not written by clex extend; choose another")
     if overwrite:
-        return
+        return False
     try:
         before = read_json(out / RUN_FILE)["settings"]
     except (CheckpointError, KeyError, TypeError):
@@ -237,8 +283,7 @@ def _check_output(out: Path, settings: Mapping[str, Any], overwrite: bool) -> No
             f"{out} holds a run with other settings ({', '.join(changed)});"
             " pass --overwrite to start anew"
         )
-    if (out / "results.json").is_file() and is_checkpoint(out):
-        raise OutputError(f"{out} holds this run, finished; pass --overwrite to start anew")
+    return (out / "results.json").is_file() and is_checkpoint(out)
 
 
 def _plain(value: Any) -> Any:
@@ -287,7 +332,6 @@ def run_perplexity(
     data: str | Path,
     out: str | Path,
     *,
-    methods: list[str],
     max_scale: float,
     evaluation: EvalConfig,
     field: str = "text",
@@ -300,9 +344,8 @@ def run_perplexity(
         model_name: a plain model, or a folder that `clex.load` reads.
         data: held-out text.
         out: folder for the results.
-        methods: training-free methods measured beside it; ``base`` is the model as it is.
         max_scale: longest scale of a plain model; an extended one brings its own.
-        evaluation: lengths and amount of text.
+        evaluation: lengths, amount of text, and rivals.
         field: column or key of the text.
         device: ``auto``, ``cpu``, ``cuda`` ...
         console: where progress and tables go.
@@ -312,36 +355,22 @@ def run_perplexity(
     """
     console, place = console or Console(stderr=True), choose_device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    extended: nn.Module | None = None
-    if is_checkpoint(model_name):
-        extended = load(model_name, dtype=dtype, device=place)
-        config = config_of(extended)
-        source = base_name(model_name)
-    else:
-        source = model_name
-        plain = load_base(source, dtype=dtype, device=place)
-        with as_method(plain, ClexConfig(method="none", max_scale=max_scale)) as probe:
-            config = config_of(probe)
+    extended = load(model_name, dtype=dtype, device=place) if is_checkpoint(model_name) else None
+    source = model_name if extended is None else base_name(model_name)
+    plain = load_base(source, dtype=dtype, device=place)
+    with as_method(plain, ClexConfig(method="none", max_scale=max_scale)) as probe:
+        config = config_of(extended or probe)
     native = config.native_length
     assert native is not None
-    plan = evaluation.plan(native, config.max_scale)
+    plan = evaluation.plan(plain, native, config.max_scale)
     tokens = load_tokens(data, load_tokenizer(source), field)
     cut_windows(tokens, plan)
-    rows: list[Row] = []
+    free = _training_free(evaluation.rivals, config)
+    rows = evaluate_methods(plain, tokens, plan, free, console)
     if extended is not None:
         rows += evaluate_extended(extended, tokens, plan, console=console)
-        del extended
-        plain = load_base(source, dtype=dtype, device=place)
-    free = {
-        name: None
-        if name == "base"
-        else ClexConfig(method=name, max_scale=config.max_scale, native_length=native, grid="none")
-        for name in methods
-    }
-    rows = evaluate_methods(plain, tokens, plan, free, console) + rows
     if not rows:
-        raise ConfigError("nothing to measure: give --methods")
-    write_report(rows, out, native)
-    for protocol in ("window", "target"):
-        console.print(table(rows, protocol))
+        raise ConfigError("nothing to measure: give --rivals")
+    write_report(rows, Path(out), native)
+    _say_result(console, rows, Path(out))
     return rows

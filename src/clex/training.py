@@ -55,8 +55,8 @@ class TrainConfig:
 
     Args:
         depth: ``"dynamics"`` (weights frozen), ``"lora"`` or ``"full"``.
-        train_length: tokens of a window; the native length if not given. At depth ``dynamics``
-            windows have the true length of their scale and this has no use.
+        train_length: tokens of a window, with sampled positions. If not given: the native length,
+            but at depth ``dynamics`` windows have the true length of their scale.
         steps: optimiser steps.
         rate: learning rate of weights or adapters.
         dynamics_rate: learning rate of the extension.
@@ -66,8 +66,8 @@ class TrainConfig:
         weight_decay: on weights; never on the extension.
         clip: largest gradient norm, of the weights and of the extension each on its own.
         native_share: share of windows at t = 1 with plain positions.
-        loss_windows: at depth ``dynamics`` the last ``loss_windows * native_length`` tokens of a
-            window are scored: those for which the distances are new.
+        loss_windows: of a window of its scale's true length the last
+            ``loss_windows * native_length`` tokens are scored: their distances are new.
         lora_rank: rank of the adapters.
         seed: of everything that is drawn.
         save_every: steps between checkpoints.
@@ -211,7 +211,7 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
     """
     native = extension.native_length
     assert native is not None
-    length = None if config.depth == "dynamics" else (config.train_length or native)
+    length = config.train_length or (None if config.depth == "dynamics" else native)
     if length is not None and length > native * extension.max_scale:
         raise ConfigError(
             f"train length {length} is above max_scale * native_length ="
@@ -298,15 +298,17 @@ class ExtensionTrainer(Trainer):
     def __init__(self, *, config: TrainConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
-        self.extended: Any = self.model
+        self.extended: Any = kwargs["model"]
         self.extension = config_of(self.extended)
-        causal = self.extended
-        if isinstance(causal, peft.PeftModel):
-            causal = causal.get_base_model()
-        self.token_loss = TokenLoss(causal)
+        self.token_loss = TokenLoss(
+            self.extended.get_base_model()
+            if isinstance(self.extended, peft.PeftModel)
+            else self.extended
+        )
         self.tokens_seen = 0
         self.folder = Path(str(self.args.output_dir))
-        self.windows: Any = self.train_dataset
+        self.windows: Any = kwargs["train_dataset"]
+        self.true_lengths = self.windows.plan.tokens is None
         # Our loss is a mean over the batch; the Trainer is to divide it by the accumulation.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -335,7 +337,7 @@ class ExtensionTrainer(Trainer):
         n = ids.shape[1]
         self.tokens_seen += ids.numel()
         last, positions = n - 1, None
-        if self.config.depth == "dynamics":
+        if self.true_lengths:
             last = min(n - 1, round(self.config.loss_windows * native))
         else:
             positions = sample_positions(self.extension.positions, n, scale, seed, native)

@@ -84,7 +84,7 @@ def test_paper_is_the_released_algorithm(theta: float, activation_width: float) 
 def test_rk4_agrees_with_dopri5(preset: str) -> None:
     spec = make_spec(Shape(64, 1e4))
     t = torch.tensor([16.0], dtype=torch.float64)
-    std = 0.005 if preset == "paper" else 0.5
+    std = 0.005 if preset == "paper" else 0.1
     results = []
     for solver in ("rk4", "dopri5"):
         scaling = in_double(randomise(clex(spec, preset=preset, solver=solver), std))
@@ -113,11 +113,13 @@ def test_order_of_the_steps(preset: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["dynamic_ntk", "yarn", "linear", "llama3"])
-@pytest.mark.parametrize("std", [0.1, 10.0])
-def test_modulated_field_is_bounded_for_any_weights(base: str, std: float) -> None:
+# Weights of size 10 make a stiff field: 8 steps, solved anew for each t, then leave errors between
+# neighbouring t that are larger than the fall from one to the next. Any sane size does with 8.
+@pytest.mark.parametrize(("std", "steps"), [(0.1, 8), (1.0, 8), (10.0, 64)])
+def test_modulated_field_is_bounded_for_any_weights(base: str, std: float, steps: int) -> None:
     spec = make_spec(Shape(64, 1e4))
     for seed in range(4):
-        scaling = clex(spec, base=base, bound=1.0)
+        scaling = clex(spec, base=base, bound=1.0, steps=steps)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in scaling.field.parameters():
@@ -130,15 +132,16 @@ def test_modulated_field_is_bounded_for_any_weights(base: str, std: float) -> No
         assert (own >= rate * math.exp(-1) - 1e-6).all(), (own - rate * math.exp(-1)).min()
         assert (own <= rate * math.exp(1) + 1e-5).all(), (own - rate * math.exp(1)).max()
         assert f.isfinite().all() and (f > 0).all()
-        # 8 steps are solved anew for each t, which leaves their error between neighbours.
         rise = (f.diff(dim=0) / f[1:]).max()
-        assert rise < 1e-4, f"a frequency rises with t by {rise}"
+        # Neighbours of a dimension that stays may differ by one rounding.
+        assert rise < 2e-7, f"a frequency rises with t by {rise}"
 
 
 def test_modulated_field_keeps_the_order_of_frequencies() -> None:
     spec = make_spec(Shape(64, 1e4))
     t = torch.logspace(0, math.log10(64), 20)
     for seed in range(10):
+        # Not a law: weights of size one can let slow neighbours change places.
         f = randomise(clex(spec), 0.3, seed).inv_freq(t)
         assert (f.diff(dim=1) < 0).all(), f"order lost at {int(f.diff(dim=1).argmax())}"
 

@@ -97,11 +97,7 @@ def test_casts_are_ignored(case: tuple[str, str]) -> None:
         scaling.to(cast)
     assert_same_bits(scaling.inv_freq(SCALES), before)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_bits(
-            scaling.inv_freq(SCALES.bfloat16().float()), scaling.inv_freq(SCALES.bfloat16().float())
-        )
-        inside = scaling.inv_freq(SCALES)
-    assert_same_bits(inside, before)
+        assert_same_bits(scaling.inv_freq(SCALES), before)
     # The negative: bfloat16 would be seen.
     assert not torch.equal(before.bfloat16().float(), before)
 
@@ -139,11 +135,7 @@ def test_rate_is_the_derivative(case: tuple[str, str]) -> None:
     try:
         rate = scaling.rate(t)
     except ConfigError as error:
-        assert case[0] in str(error)
-        with pytest.raises(ConfigError, match="cannot be the base"):
-            get_scaling("clex")(
-                make_spec(SHAPE), ClexConfig(base=case[0], options=OPTIONS.get(case[0], {}))
-            ) if case[0] != "clex" else scaling.rate(t)
+        assert case[0] in str(error) and "cannot be the base" in str(error)
         return
     h = 1e-5
     difference = (scaling.ratio(t * (1 - h)).log() - scaling.ratio(t * (1 + h)).log()) / (2 * h)
