@@ -41,12 +41,16 @@ def make_spec(shape: Shape) -> RopeSpec:
 
 
 def assert_close(actual: Tensor | Vector, expected: ArrayLike, tolerance: float) -> None:
-    """Relative agreement entry by entry; a failure names the largest difference and its index."""
+    """Relative agreement entry by entry; a failure names the largest difference and its index.
+
+    What was found is printed as well: ``pytest -rP`` shows how far inside its tolerance a test is.
+    """
     actual = actual.detach().double().numpy() if isinstance(actual, Tensor) else actual
     expected = np.asarray(expected, dtype=np.float64)
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     difference = np.abs(actual - expected) / np.maximum(np.abs(expected), 1e-300)
     worst = np.unravel_index(np.argmax(difference), difference.shape)
+    print(f"deviation {difference[worst]:.2e} of {tolerance:.0e} allowed")
     assert np.all(difference <= tolerance), (
         f"largest relative difference {difference[worst]:.3g} (tolerance {tolerance:g}) at index"
         f" {tuple(int(i) for i in worst)}: {actual[worst]!r}, expected {expected[worst]!r}"

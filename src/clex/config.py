@@ -49,7 +49,7 @@ _DYNAMICS: dict[str, dict[str, Any]] = {
         "activation": "tanh",
         "bound": 1.0,
         "solver": "rk4",
-        "steps": 8,
+        "steps": 16,
         "temperature": "learned",
     },
     # Exactly what the authors of arXiv 2310.16450 released (their repository, March 2024),
@@ -155,9 +155,16 @@ class ClexConfig:
             value = getattr(self, name)
             if value is not None and int(value) != value:
                 raise ConfigError(f"{name} must be a whole number, not {value}")
-        if not isinstance(self.options, Mapping):
-            raise ConfigError(f"options must be a mapping, not {self.options!r}")
+        for name in ("temperature_in_training", "integer_scales"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if not isinstance(self.options, Mapping) or not all(
+            isinstance(key, str) for key in self.options
+        ):
+            raise ConfigError(f"options must be a mapping from names, not {self.options!r}")
         if self.layer_types is not None:
+            if isinstance(self.layer_types, str):
+                raise ConfigError(f"layer_types must be a list, not {self.layer_types!r}")
             object.__setattr__(self, "layer_types", tuple(self.layer_types))
         object.__setattr__(self, "options", dict(self.options))
 
@@ -167,8 +174,17 @@ class ClexConfig:
                 object.__setattr__(self, name, value)
 
     def replace(self, **changes: Any) -> ClexConfig:
-        """A copy with some values changed, checked like a new one."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some values changed, checked like a new one.
+
+        A new preset or method brings its own values, but for those that were given on purpose.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if {"preset", "method"} & changes.keys():
+            plain = ClexConfig(preset=self.preset, method=self.method)
+            for name in (*_REGIME[self.preset], *_DYNAMICS[self.preset]):
+                if values[name] == getattr(plain, name):
+                    values[name] = None
+        return ClexConfig(**{**values, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Every value that is set, as plain JSON types."""

@@ -207,13 +207,14 @@ class WindowPlan:
     Attributes:
         tokens: length of a window; ``None``: the true length of its scale, t * native_length.
         native_length: the unit of t.
-        max_scale: scales are drawn log-uniformly from 1 to this.
+        min_scale, max_scale: scales are drawn log-uniformly between these.
         native_share: share of items at t = 1, which teach (and keep) the short window.
-        integer_scales: draw whole numbers 1 to max_scale uniformly instead, as the released CLEX.
+        integer_scales: draw whole numbers in that range uniformly instead, as the released CLEX.
     """
 
     tokens: int | None
     native_length: int
+    min_scale: float
     max_scale: float
     native_share: float = 0.0
     integer_scales: bool = False
@@ -228,8 +229,9 @@ class WindowPlan:
         if coin < self.native_share:
             return 1.0
         if self.integer_scales:
-            return float(1 + int(share * int(self.max_scale)))
-        return float(self.max_scale**share)
+            low, high = math.ceil(self.min_scale), int(self.max_scale)
+            return float(low + int(share * (high - low + 1)))
+        return float(self.min_scale * (self.max_scale / self.min_scale) ** share)
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Any]]):

@@ -57,7 +57,7 @@ def random_subset(n: int, span: Tensor, seeds: Tensor, native_length: int) -> Te
     released code, so that n of them fit into the span of t = 1.
     """
     fraction = max(1, n // native_length)
-    places = (span.double() * fraction).round()  # (B,)
+    places = (span.double() * fraction).round().clamp(min=float(n))  # (B,)
     most = int(places.max().item())
     keys = uniform(seeds, most)
     inner = torch.arange(most, device=span.device)
@@ -125,7 +125,9 @@ def sample_positions(name: str, n: int, t: Tensor, seeds: Tensor, native_length:
     Returns:
         Strictly increasing positions, float32, shape (B, n), on the device of `t`.
     """
-    span = (t.double() * native_length).clamp(min=float(n))
+    span = t.double() * native_length
+    if name not in ("random", "uniform"):  # these two can place tokens between whole positions
+        span = span.clamp(min=float(n))
     plain = contiguous(n, span, seeds, native_length)
     drawn = get_sampler(name)(n, span, seeds, native_length)
     keep = (t <= 1) if n <= native_length else torch.zeros_like(t, dtype=torch.bool)

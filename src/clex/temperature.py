@@ -50,6 +50,7 @@ class Learned(Temperature):
 
     ``ln a**2 = e**p * ln(1 + e**q * ln(t) / ln(native_length))``, log-n itself at p = q = 0, where
     it starts. For any p and q it is 0 at t = 1 and never falls with t, so it extrapolates soundly.
+    Both are kept within +-2 by a tanh, far outside of what is ever useful.
     """
 
     def __init__(self, native_length: int) -> None:
@@ -58,8 +59,9 @@ class Learned(Temperature):
         self.log_rate = nn.Parameter(torch.zeros(()))
 
     def forward(self, t: Tensor) -> Tensor:
-        growth = self.log_rate.exp() * t.log() / math.log(self.native_length)
-        return (0.5 * self.log_gain.exp() * growth.log1p()).exp()
+        p, q = 2 * torch.tanh(self.log_gain / 2), 2 * torch.tanh(self.log_rate / 2)
+        growth = q.exp() * t.log() / math.log(self.native_length)
+        return (0.5 * p.exp() * growth.log1p()).exp()
 
 
 TEMPERATURES: dict[str, type[Temperature]] = {

@@ -60,6 +60,8 @@ class TrainConfig:
         steps: optimiser steps.
         rate: learning rate of weights or adapters.
         dynamics_rate: learning rate of the extension.
+        min_scale, max_scale: range of the scales in training; from 1 to the extension's own
+            `max_scale` if not given. A smaller range tests what the dynamics extrapolate.
         batch_size: windows in a forward pass.
         accumulation: forward passes in a step.
         warmup: share of the steps in which the rates rise.
@@ -86,6 +88,8 @@ class TrainConfig:
     steps: int = _FROM_DEPTH
     rate: float = _FROM_DEPTH
     dynamics_rate: float = _FROM_DEPTH
+    min_scale: float = 1.0
+    max_scale: float | None = None
     batch_size: int = _FROM_DEPTH
     accumulation: int = 1
     warmup: float = 0.05
@@ -179,7 +183,7 @@ def train(
     if not trainable:
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
     assert extension.native_length is not None
-    longest = plan.tokens or round(extension.native_length * extension.max_scale)
+    longest = plan.tokens or round(extension.native_length * plan.max_scale)
     arguments = _arguments(config, folder / "checkpoints", longest)
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
@@ -218,10 +222,17 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
             f" {extension.max_scale:g} * {native} = {round(extension.max_scale * native)}"
         )
     get_sampler(extension.positions)
+    most = config.max_scale or extension.max_scale
+    if not 1 <= config.min_scale <= most <= extension.max_scale:
+        raise ConfigError(
+            f"training scales {config.min_scale:g} to {most:g} must lie between 1 and the"
+            f" extension's max_scale {extension.max_scale:g}"
+        )
     plan = WindowPlan(
         tokens=length,
         native_length=native,
-        max_scale=extension.max_scale,
+        min_scale=config.min_scale,
+        max_scale=most,
         native_share=config.native_share,
         integer_scales=extension.integer_scales,
     )

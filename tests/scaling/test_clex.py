@@ -15,7 +15,7 @@ from clex.rope import RopeSpec
 from clex.scaling import get_scaling
 from references import Shape, assert_close, assert_same_bits, in_double, make_spec
 
-MANY_SCALES = torch.cat([torch.linspace(1.0, 16.0, 61), torch.tensor([1.0001, 63.0])])
+MANY_SCALES = torch.cat([torch.linspace(1.0, 16.0, 31), torch.tensor([1.0001, 63.0])])
 
 
 def clex(spec: RopeSpec, **settings: Any) -> Any:
@@ -80,19 +80,27 @@ def test_paper_is_the_released_algorithm(theta: float, activation_width: float) 
     assert (result[-1] / untrained).log().abs().max() > 0.05
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_rk4_agrees_with_dopri5(preset: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "steps", "std", "tolerance"),
+    [
+        # What is left in float64 is the error of the steps, 16 times less for twice as many.
+        ("paper", 64, 0.005, 1e-6),
+        ("default", 16, 0.1, 1e-5),
+        # The base's own rate bends near t = 1, which 8 steps to t = 16 do not follow as closely.
+        ("default", 8, 0.1, 5e-5),
+    ],
+)
+def test_rk4_agrees_with_dopri5(preset: str, steps: int, std: float, tolerance: float) -> None:
     spec = make_spec(Shape(64, 1e4))
     t = torch.tensor([16.0], dtype=torch.float64)
-    std = 0.005 if preset == "paper" else 0.1
-    results = []
-    for solver in ("rk4", "dopri5"):
-        scaling = in_double(randomise(clex(spec, preset=preset, solver=solver), std))
-        results.append(scaling.ratio(t).detach())
-    # In float64 what is left is the error of the 8 (default) or 64 (paper) steps.
-    assert_close(results[0], results[1].numpy(), 1e-5)
-    coarse = in_double(randomise(clex(spec, preset=preset, steps=1), std))
-    assert not torch.allclose(coarse.ratio(t), results[1], rtol=1e-5), "one step is as good"
+
+    def solution(**settings: Any) -> Tensor:
+        return in_double(randomise(clex(spec, preset=preset, **settings), std)).ratio(t).detach()
+
+    truth = solution(solver="dopri5").numpy()
+    assert_close(solution(steps=steps), truth, tolerance)
+    with pytest.raises(AssertionError, match="largest relative difference"):
+        assert_close(solution(steps=1), truth, tolerance)
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -104,7 +112,7 @@ def test_order_of_the_steps(preset: str) -> None:
         scaling = clex(spec, preset=preset, steps=steps)
         return in_double(randomise(scaling, 0.02 if preset == "paper" else 0.5)).ratio(t).detach()
 
-    truth = solution(1024)
+    truth = solution(256)
     steps = [16, 32, 64]
     errors = [float((solution(n) - truth).abs().max()) for n in steps]
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
@@ -113,18 +121,18 @@ def test_order_of_the_steps(preset: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["dynamic_ntk", "yarn", "linear", "llama3"])
-# Weights of size 10 make a stiff field: 8 steps, solved anew for each t, then leave errors between
-# neighbouring t that are larger than the fall from one to the next. Any sane size does with 8.
-@pytest.mark.parametrize(("std", "steps"), [(0.1, 8), (1.0, 8), (10.0, 64)])
+# Weights of size 3 make a stiff field: 8 steps, solved anew for each t, then leave errors between
+# neighbouring t that are larger than the fall from one to the next. Up to size 1 they do not.
+@pytest.mark.parametrize(("std", "steps"), [(0.1, 8), (1.0, 8), (3.0, 64)])
 def test_modulated_field_is_bounded_for_any_weights(base: str, std: float, steps: int) -> None:
     spec = make_spec(Shape(64, 1e4))
-    for seed in range(4):
+    for seed in range(2):
         scaling = clex(spec, base=base, bound=1.0, steps=steps)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in scaling.field.parameters():
                 parameter.normal_(std=std, generator=generator)
-            t = torch.logspace(0, math.log10(64), 80)
+            t = torch.logspace(0, math.log10(64), 50)
             f = scaling.inv_freq(t)
             residual_rate = scaling.field(t, torch.zeros(len(t), 32), scaling.base.rate(t))
         # dz/du = -(base rate) exp(B g) with |g| <= 1, so the share lies in [1/e, e].

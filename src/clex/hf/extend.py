@@ -126,15 +126,15 @@ def at_scale(
     else:
         # A tensor may live on a device, where reading its values to check them would wait.
         scale = t if isinstance(t, Tensor) else torch.tensor([float(value) for value in t])
-        scale = scale.to(next(model.parameters()).device, torch.float32)
+        scale = scale.reshape(-1).to(next(model.parameters()).device, torch.float32)
     before = [(rope.scale, rope.positions) for rope in ropes]
     try:
         for rope in ropes:
-            rope.scale, rope.positions = scale, positions
+            rope.hold(scale, positions)
         yield
     finally:
         for rope, (old_scale, old_positions) in zip(ropes, before, strict=True):
-            rope.scale, rope.positions = old_scale, old_positions
+            rope.hold(old_scale, old_positions)
 
 
 def frequencies(model: nn.Module, t: float) -> Tensor | dict[str, Tensor]:
@@ -303,7 +303,7 @@ def _check_effect(model: nn.Module, rope: ScaledRope, config: ClexConfig) -> Non
     position_ids = torch.arange(8, device=device)[None]
 
     def tables(t: float) -> list[Tensor]:
-        rope.scale = t
+        rope.hold(t)
         table = rope(x, position_ids, *layer_type)
         return [table] if isinstance(table, Tensor) else list(table)
 
@@ -311,13 +311,14 @@ def _check_effect(model: nn.Module, rope: ScaledRope, config: ClexConfig) -> Non
         stock = rope.stock(x, position_ids, *layer_type)
         stock = [stock] if isinstance(stock, Tensor) else list(stock)
         one, most = tables(1.0), tables(config.max_scale)
-    rope.scale = None
+    rope.hold(None)
     name = f"{type(model).__name__} ({type(rope.stock).__name__})"
     same = all(torch.equal(a, b) for a, b in zip(stock, one, strict=True))
     fresh = scaling.inv_freq_native.cpu().equal(getattr(rope.stock, _freq_name(key)).cpu())
     if scaling.exact_at_one and fresh and not same:
         raise UnsupportedModelError(f"{name} does not give its own table back at t = 1")
-    if config.method != "none" and all(torch.equal(a, b) for a, b in zip(one, most, strict=True)):
+    off = one if scaling.exact_at_one else stock
+    if config.method != "none" and all(torch.equal(a, b) for a, b in zip(off, most, strict=True)):
         raise UnsupportedModelError(
             f"{name} does not react to its frequencies; nothing would change"
         )

@@ -40,7 +40,6 @@ class ScaledRope(nn.Module):
         self.scalings = nn.ModuleDict(scalings)
         self.scale: float | Tensor | None = None
         self.positions: Tensor | None = None
-        self._raw_forward = inspect.unwrap(type(stock).forward)
         self._memo: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._takes_rows = self._try_rows()
 
@@ -73,17 +72,22 @@ class ScaledRope(nn.Module):
         return self._call(x, position_ids, inv_freq, factor, layer_type)
 
     def _frequencies(self, key: str, scaling: Scaling, t: Tensor) -> tuple[Tensor, Tensor]:
-        """inv_freq (B, F) and attention factor (B,); remembered where no gradient is wanted."""
-        if torch.is_grad_enabled() or not isinstance(self.scale, float):
+        """inv_freq (B, F) and attention factor (B,); solved once while a scale is held."""
+        if torch.is_grad_enabled() or self.scale is None:
             return scaling.inv_freq(t), scaling.attention_factor(t)
-        state = (*scaling.parameters(), *scaling.buffers())
-        versions = tuple((p.data_ptr(), p._version) for p in state)
-        memo_key = (key, self.scale, t.device, scaling.training, versions)
+        memo_key = (key, t.device, scaling.training)
         if memo_key not in self._memo:
-            if len(self._memo) >= 64:
-                self._memo.clear()
             self._memo[memo_key] = (scaling.inv_freq(t), scaling.attention_factor(t))
         return self._memo[memo_key]
+
+    def hold(self, scale: float | Tensor | None, positions: Tensor | None = None) -> None:
+        """Set `scale` and `positions`, and forget what was solved for the scale before.
+
+        Frequencies of a held scale are solved once, not for every token. They cannot be keyed on
+        the state of the parameters: fused optimisers change those without raising their version.
+        """
+        self.scale, self.positions = scale, positions
+        self._memo.clear()
 
     def _call(
         self,
@@ -124,7 +128,8 @@ class ScaledRope(nn.Module):
             },
         )
         extra = () if layer_type is None else (layer_type,)
-        return self._raw_forward(view, x, position_ids, *extra)
+        raw_forward = inspect.unwrap(type(self.stock).forward)
+        return raw_forward(view, x, position_ids, *extra)
 
     def _try_rows(self) -> bool:
         """Whether the host's code takes one frequency vector a row, as recent releases do."""

@@ -73,9 +73,9 @@ class Scaling(nn.Module):
             scaled = self.inv_freq_native * self.ratio(t)
             if not self.exact_at_one:
                 return scaled
-            # exp(log f) is off by up to 4e-7, which is 0.004 rad at position 131,072. The sum keeps
+            # exp(log f) is off by up to 4e-7, which is 0.004 rad at position 131,072. `where` keeps
             # the graph, so that gradients at t = 1 are zeros and not missing.
-            return torch.where(t[:, None] > 1, scaled, self.inv_freq_native + 0 * scaled)
+            return torch.where(t[:, None] > 1, scaled, self.inv_freq_native)
 
     def attention_factor(self, t: Tensor) -> Tensor:
         """Factor on cos and sin at scales `t`, float32, same shape as `t`."""
@@ -84,7 +84,7 @@ class Scaling(nn.Module):
             if self.training and not self.config.temperature_in_training:
                 return torch.ones_like(t)
             factor = self.temperature(t)
-            return torch.where(t > 1, factor, torch.ones_like(t) + 0 * factor)
+            return torch.where(t > 1, factor, torch.ones_like(t))
 
     def scale_for(self, length: Tensor) -> Tensor:
         """The scale t for texts of `length` tokens: length / native_length, rounded up on the grid.

@@ -1,5 +1,6 @@
 """NTK-aware scaling whose strength follows the length."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ class DynamicNtkOptions:
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
+        if not 1 <= self.factor < math.inf:
             raise ConfigError(f"dynamic_ntk factor must be at least 1, not {self.factor}")
 
 

@@ -50,7 +50,7 @@ class Yarn(Scaling):
         index = torch.arange(len(turns), dtype=torch.float64)
         log_theta = math.log(spec.rope_theta)
         geometric = torch.exp(-index / len(turns) * log_theta)
-        if not torch.allclose(geometric, spec.inv_freq.double(), rtol=1e-5):
+        if not torch.allclose(geometric, spec.inv_freq.double(), rtol=1e-5, atol=0):
             # The index of a given number of turns has no meaning on a curve that is already bent.
             fast, slow = math.log(options.beta_fast), math.log(options.beta_slow)
             log_turns = turns.clamp(min=1e-30).log()

@@ -1,0 +1,28 @@
+"""One tiny model of each checked family, plain and extended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import clex
+import tiny
+
+
+@pytest.fixture(params=sorted(tiny.FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def plain(family: str) -> Any:
+    return tiny.make_model(family)
+
+
+@pytest.fixture
+def extended(family: str) -> Any:
+    """Extended to 4 times the native window, with dynamics that are not at their start."""
+    model = clex.extend(tiny.make_model(family), clex.ClexConfig(max_scale=4))
+    tiny.stir(model)
+    return model
