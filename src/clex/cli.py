@@ -274,8 +274,8 @@ def main() -> None:
     except ClexError as error:
         print(f"clex: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "clex: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        # typer answers Ctrl-C itself, with this code.
+        if stop.code == 130:
+            print("clex: interrupted; the same command goes on", file=sys.stderr)
+        raise

@@ -32,7 +32,7 @@ from .evaluation.perplexity import (
 )
 from .evaluation.report import table, write_report
 from .files import output_errors, read_json, write_json
-from .hf.checkpoint import base_name, is_checkpoint, load
+from .hf.checkpoint import base_name, is_checkpoint, load, require_loadable
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .training import TrainConfig, check_plan, train
@@ -59,6 +59,12 @@ class EvalConfig:
     documents: int | None = None
     windows: int = 1
     rivals: tuple[str, ...] = ("base", "yarn")
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "windows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"evaluation {name} must be at least 1, not {value}")
 
     def plan(self, model: nn.Module, native_length: int, max_scale: float) -> PerplexityPlan:
         """The plan for a model: what was asked for, or what its device does in minutes."""
@@ -184,6 +190,12 @@ def run_extend(
     check_plan(resolved, training, tokens)
     plan = evaluation.plan(plain, native, resolved.max_scale)
     cut_windows(held_out, plan)
+    free = _training_free(evaluation.rivals, resolved)
+    for config in free.values():
+        with as_method(plain, config):
+            pass
+    if start is not None:
+        require_loadable(start, plain)
     if evaluation.lengths is None and plan.lengths[-1] * 2 <= native * resolved.max_scale:
         console.print(
             f"measuring up to {plan.lengths[-1]:,} tokens only, this being a CPU;"
@@ -196,10 +208,10 @@ def run_extend(
         if baseline_file.is_file():
             rows = [Row(**row) for row in read_json(baseline_file)]
         else:
-            free = _training_free(evaluation.rivals, resolved)
             with autocast(place, training.precision):
                 rows = evaluate_methods(plain, held_out, plan, free, console)
             write_json(baseline_file, [row.to_dict() for row in rows])
+        torch.manual_seed(training.seed)
         model = load(start, plain) if start is not None else extend(plain, clex)
         model = train(
             model,

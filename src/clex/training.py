@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import ClexConfig
@@ -68,6 +68,8 @@ class TrainConfig:
         weight_decay: on weights; never on the extension.
         clip: largest gradient norm, of the weights and of the extension each on its own.
         native_share: share of windows at t = 1 with plain positions.
+        margin: how much longer windows of true lengths are than their scale says, so that the end
+            of the range is safe.
         loss_windows: of a window of its scale's true length the last
             ``loss_windows * native_length`` tokens are scored: their distances are new.
         lora_rank: rank of the adapters.
@@ -96,7 +98,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     native_share: float = _FROM_DEPTH
-    loss_windows: float = 2.0
+    margin: float = 0.0625
+    loss_windows: float = 1.0
     lora_rank: int = 16
     seed: int = 0
     save_every: int = 50
@@ -126,6 +129,7 @@ class TrainConfig:
             "dynamics_rate": (0.0, 10.0),
             "warmup": (0.0, 1.0),
             "native_share": (0.0, 1.0),
+            "margin": (0.0, 1.0),
             "loss_windows": (0.01, 1e6),
             "lora_rank": (1, 4096),
             "save_every": (1, 10_000_000),
@@ -178,19 +182,24 @@ def train(
     plan = check_plan(extension, config, tokens)
     items = config.steps * config.batch_size * config.accumulation * _world_size()
     windows = Windows(tokens, plan, items, config.seed)
+    set_seed(config.seed)  # adapters are drawn before the Trainer sets it
     model = _prepare(model, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
     assert extension.native_length is not None
-    longest = plan.tokens or round(extension.native_length * plan.max_scale)
+    longest = plan.window(plan.max_scale)
     arguments = _arguments(config, folder / "checkpoints", longest)
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
     )
-    trainer.add_callback(_Progress(trainer, folder / "log.jsonl", console or Console(stderr=True)))
+    shown = _Progress(trainer, folder / "log.jsonl", console or Console(stderr=True))
+    trainer.add_callback(shown)
     checkpoint = _last_complete(folder / "checkpoints")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        shown.progress.stop()  # gives the cursor back, after an error too
     save(
         model,
         folder,
@@ -221,6 +230,11 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
             f"train length {length} is above max_scale * native_length ="
             f" {extension.max_scale:g} * {native} = {round(extension.max_scale * native)}"
         )
+    if length is None and config.batch_size > 1:
+        raise ConfigError(
+            "batch_size must be 1 for windows of their true lengths, which differ;"
+            " raise accumulation instead, or give a train length"
+        )
     get_sampler(extension.positions)
     most = config.max_scale or extension.max_scale
     if not 1 <= config.min_scale <= most <= extension.max_scale:
@@ -233,6 +247,7 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
         native_length=native,
         min_scale=config.min_scale,
         max_scale=most,
+        margin=config.margin,
         native_share=config.native_share,
         integer_scales=extension.integer_scales,
     )
@@ -324,6 +339,7 @@ class ExtensionTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self._pending: Tensor | None = None
+        self._pending_step = 0
         # No "default" handlers that print: progress is shown by our own callback.
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":
@@ -365,13 +381,14 @@ class ExtensionTrainer(Trainer):
     def _watch(self, losses: Tensor) -> None:
         """Stop at a loss that is no number; looks one step back, so as not to wait."""
         before, self._pending = self._pending, losses.detach().isfinite().all()
-        self._require_finite(before, self.state.global_step)
+        step, self._pending_step = self._pending_step, self.state.global_step + 1
+        self._require_finite(before, step)
 
-    def _require_finite(self, flag: Tensor | None, step: int) -> None:
+    def _require_finite(self, flag: Tensor | None, step: int, what: str = "loss") -> None:
         if flag is not None and not flag.item():
             good = _last_complete(self.folder)
             where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-            raise TrainingError(f"the loss is not a number at step {max(step, 1)}; {where}")
+            raise TrainingError(f"the {what} is not a number at step {step}; {where}")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the extension's own rate and without decay on it."""
@@ -411,6 +428,9 @@ class ExtensionTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite(self._pending, self.state.global_step)
+        learned = [p for p in self.extended.parameters() if p.requires_grad]
+        finite = torch.stack([p.detach().isfinite().all() for p in learned]).all()
+        self._require_finite(finite, self.state.global_step, "gradient")
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = self.folder / f"checkpoint-{self.state.global_step}"

@@ -16,13 +16,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def plain(family: str) -> Any:
-    return tiny.make_model(family)
-
-
-@pytest.fixture
 def extended(family: str) -> Any:
-    """Extended to 4 times the native window, with dynamics that are not at their start."""
-    model = clex.extend(tiny.make_model(family), clex.ClexConfig(max_scale=4))
+    """Extended to 4 times the native window, with dynamics away from their start."""
+    model = clex.extend(tiny.make_model(family), clex.ClexConfig(max_scale=4, steps=4))
     tiny.stir(model)
     return model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def same(model: Any, wanted: Tensor) -> bool:
 def test_dynamics_alone(family: str, tmp_path: Path) -> None:
     model = make(family)
     clex.save(model, tmp_path, weights="none")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
     loaded = clex.load(tmp_path, tiny.make_model(family))
     assert same(loaded, tiny.logits(model, IDS))
     assert not same(clex.extend(tiny.make_model(family), config_of(model)), tiny.logits(model, IDS))
@@ -210,7 +209,6 @@ def test_other_model_is_refused(saved: Path, changes: dict[str, Any]) -> None:
     clex.load(saved, tiny.make_model(num_hidden_layers=3))  # the rotary is the same
 
 
-@pytest.mark.xfail(strict=True, reason="load extends the model before it reads the numbers")
 def test_refused_checkpoint_leaves_the_model_plain(saved: Path) -> None:
     flip_a_byte(saved)
     model = tiny.make_model()
@@ -237,29 +235,25 @@ def disk_full_says_safetensors(*_: Any, **__: Any) -> None:
     "failure",
     [
         disk_full,
-        pytest.param(
-            disk_full_says_safetensors,
-            marks=pytest.mark.xfail(strict=True, reason="only OSError becomes OutputError"),
-        ),
+        disk_full_says_safetensors,
     ],
 )
 def test_disk_full_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[..., None]
 ) -> None:
     monkeypatch.setattr(checkpoint, "save_file", failure)
-    with pytest.raises(OutputError, match="no space left"):
+    with pytest.raises(OutputError, match=r"(?i)no space left"):
         clex.save(make(), tmp_path / "out", weights="none")
     assert not list((tmp_path / "out").iterdir())
     assert not checkpoint.is_checkpoint(tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="the weights of the host are written without a translation")
 def test_disk_full_at_the_weights_of_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make()
     monkeypatch.setattr(type(model), "save_pretrained", disk_full)
-    with pytest.raises(OutputError, match="no space left"):
+    with pytest.raises(OutputError, match=r"(?i)no space left"):
         clex.save(model, tmp_path / "out")
 
 
@@ -278,8 +272,8 @@ def test_folder_below_a_file(tmp_path: Path) -> None:
 
 
 def test_nothing_is_executed(saved: Path) -> None:
-    # JSON and safetensors only: no pickle may come in by another name.
+    # JSON and safetensors only: no pickle comes in by another name.
     (saved / WEIGHTS_FILE).unlink()
     torch.save({"all.field.inner.weight": torch.zeros(1)}, saved / "clex.bin")
-    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="no clex.safetensors"):
+    with pytest.raises(CheckpointError, match=f"no {WEIGHTS_FILE} in"):
         clex.load(saved, tiny.make_model())

@@ -130,14 +130,20 @@ def test_gradients_same_with_checkpointing(extended: Any) -> None:
 
 def test_changed_weights_are_seen(extended: Any) -> None:
     ids = tiny.make_ids(1, 40)
-    with clex.at_scale(extended, 4.0):
-        before = tiny.logits(extended, ids)
-        assert torch.equal(tiny.logits(extended, ids), before)  # remembered
-        tiny.stir(extended)  # nothing is at zero any more: no change
-        assert torch.equal(tiny.logits(extended, ids), before)
-        with torch.no_grad():
-            require_extension(extended).scalings["all"].field.outer.bias += 1
-        assert shift(tiny.logits(extended, ids), before) > 1e-3
+
+    def at_four() -> Tensor:
+        with clex.at_scale(extended, 4.0):
+            first = tiny.logits(extended, ids)
+            assert torch.equal(tiny.logits(extended, ids), first)  # solved once, remembered
+        return first
+
+    before = at_four()
+    assert torch.equal(at_four(), before)
+    with torch.no_grad():
+        # Through .data, which does not raise the version: as fused optimisers do.
+        for parameter in require_extension(extended).scalings.parameters():
+            parameter.data += 1
+    assert shift(at_four(), before) > 0.01
 
 
 # Sampled positions.
@@ -159,9 +165,6 @@ def test_positions_are_those_of_the_host(extended: Any) -> None:
     assert shift(ours, apart) > 0.1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a table of B rows is expanded to the 1 row of the host's position_ids"
-)
 def test_positions_with_one_scale_for_all_rows(extended: Any) -> None:
     ids, t = tiny.make_ids(2, 40), torch.tensor([3.0, 3.0])
     table = sample_positions("random", 40, t, torch.tensor([1, 2]), tiny.NATIVE)
@@ -197,9 +200,9 @@ def test_cached_decoding_is_one_forward(extended: Any) -> None:
     def decode(t_late: float) -> Tensor:
         with torch.no_grad():
             with clex.at_scale(extended, 2.0):
-                out = extended(input_ids=ids[:, :60], use_cache=True)
+                out = extended(input_ids=ids[:, :70], use_cache=True)
             parts = [out.logits]
-            for i in range(60, 80):
+            for i in range(70, 80):
                 with clex.at_scale(extended, t_late):
                     out = extended(
                         input_ids=ids[:, i : i + 1],
@@ -214,16 +217,16 @@ def test_cached_decoding_is_one_forward(extended: Any) -> None:
     assert shift(decode(2.0), whole) < DECODING
     # Keys are cached after rotation: a scale that changes underneath leaves stale ones.
     with clex.at_scale(extended, 4.0):
-        assert shift(decode(4.0)[:, 60:], tiny.logits(extended, ids)[:, 60:]) > 0.1
+        assert shift(decode(4.0)[:, 70:], tiny.logits(extended, ids)[:, 70:]) > 0.1
 
 
 def test_generate(extended: Any) -> None:
     ids = tiny.make_ids(1, 50)
-    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     with clex.at_scale(extended, 2.0):
         with_cache = extended.generate(ids, **settings)
         without = extended.generate(ids, use_cache=False, **settings)
-    assert with_cache.shape == (1, 80)
+    assert with_cache.shape == (1, 70)
     assert torch.equal(with_cache, without)
     with clex.at_scale(extended, 4.0):
         assert not torch.equal(extended.generate(ids, **settings), with_cache)
@@ -365,7 +368,6 @@ def test_scale_below_one_is_refused(t: Any) -> None:
         pass
 
 
-@pytest.mark.xfail(strict=True, reason="at_scale does not look at the scales of a list")
 def test_list_of_scales_is_checked() -> None:
     model = clex.extend(tiny.make_model())
     with clex.at_scale(model, [2.0, 1.0]):
@@ -374,9 +376,6 @@ def test_list_of_scales_is_checked() -> None:
         pass
 
 
-@pytest.mark.xfail(
-    strict=True, reason="at_scale passes a 0-dim tensor on, and the rotary asks for its len()"
-)
 def test_zero_dim_scale() -> None:
     model, ids = clex.extend(tiny.make_model()), tiny.make_ids(1, 20)
     with clex.at_scale(model, 2.0):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..config import ClexConfig
 from ..data import long_enough
-from ..errors import DataError
+from ..errors import ClexError, DataError
 from ..hf.extend import at_scale, config_of, extend, extension_of, restore, scale_for
 from ..hf.loss import TokenLoss
 
@@ -168,12 +168,14 @@ def measure(
                 advance()
         for protocol, (total, hits, count) in sums.items():
             mean = total / count
+            if not math.isfinite(mean):
+                raise ClexError(f"{method}: the loss at {length} tokens is not a number")
             rows.append(
                 Row(
                     method=method,
                     length=length,
                     protocol=protocol,
-                    ppl=math.exp(mean) if mean < 700 else math.inf,
+                    ppl=math.exp(min(mean, 700.0)),
                     documents=len({number for number, _ in windows}),
                     windows=len(windows),
                     tokens=int(count),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import ClexConfig
-from ..errors import CheckpointError
-from ..files import new_file, read_json, write_json
+from ..errors import CheckpointError, ClexError, OutputError
+from ..files import new_file, output_errors, read_json, write_json
 from ..version import __version__
-from .extend import config_of, extend, require_extension
+from .extend import config_of, extend, require_extension, restore
 from .models import load_base
 from .rotary import ScaledRope
 
@@ -57,6 +58,28 @@ def save(
     """
     folder = Path(folder)
     rope = require_extension(model)
+    with _writing(folder):
+        return _save(model, rope, folder, weights, base_model, tokenizer)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Safetensors writes by itself and tells of the system's error in words only."""
+    try:
+        with output_errors(folder):
+            yield
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {folder}: {error}") from error
+
+
+def _save(
+    model: nn.Module,
+    rope: ScaledRope,
+    folder: Path,
+    weights: Weights,
+    base_model: str | None,
+    tokenizer: Any,
+) -> Path:
     if weights != "none":
         target: Any = model
         if weights == "adapter" and not isinstance(model, peft.PeftModel):
@@ -115,27 +138,51 @@ def load(
         CheckpointError: a file is missing or damaged, or belongs to another model.
     """
     folder = Path(folder)
-    about = read_json(folder / CONFIG_FILE)
-    if not isinstance(about, dict) or not isinstance(about.get("clex"), dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE} has no 'clex' section")
-    config = ClexConfig.from_dict(about["clex"])
+    about = _read_about(folder)
     weights = about.get("weights", "none")
     if model is None:
         source = folder if weights == "full" else about.get("base_model")
         if not source:
             raise CheckpointError(f"{folder} names no base model; pass the model to clex.load")
         model = load_base(source, dtype=dtype, device=device)
-    extend(model, config)
-    fingerprint = _fingerprint(require_extension(model))
-    if about.get("rope") != fingerprint:
-        raise CheckpointError(
-            f"{folder} was made for another model: rotary {about.get('rope')}, this one has"
-            f" {fingerprint}"
-        )
-    load_extension_state(model, folder / WEIGHTS_FILE, digest=about.get("sha256"))
+    _load_extension(folder, about, model)
     if weights == "adapter":
         model = peft.PeftModel.from_pretrained(model, folder)
     return model.eval()
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    about = read_json(folder / CONFIG_FILE)
+    if not isinstance(about, dict) or not isinstance(about.get("clex"), dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE} has no 'clex' section")
+    return about
+
+
+def _load_extension(folder: Path, about: dict[str, Any], model: nn.Module) -> None:
+    """Extend `model` as `folder` says; it stays plain where that fails."""
+    extend(model, ClexConfig.from_dict(about["clex"]))
+    try:
+        fingerprint = _fingerprint(require_extension(model))
+        if about.get("rope") != fingerprint:
+            raise CheckpointError(
+                f"{folder} was made for another model: rotary {about.get('rope')}, this one has"
+                f" {fingerprint}"
+            )
+        load_extension_state(model, folder / WEIGHTS_FILE, digest=about.get("sha256"))
+    except ClexError:
+        restore(model)
+        raise
+
+
+def require_loadable(folder: str | Path, model: nn.Module) -> None:
+    """Check that `load` would accept `folder` for the plain `model`, which stays plain.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or belongs to another model.
+    """
+    folder = Path(folder)
+    _load_extension(folder, _read_about(folder), model)
+    restore(model)
 
 
 def extension_state(model: nn.Module) -> dict[str, Tensor]:

@@ -123,10 +123,14 @@ def at_scale(
     scale: float | Tensor
     if isinstance(t, int | float):
         scale = _checked_scale(float(t), config_of(model).max_scale)
+    elif not isinstance(t, Tensor):
+        most = config_of(model).max_scale
+        scale = torch.tensor([_checked_scale(float(value), most) for value in t])
     else:
         # A tensor may live on a device, where reading its values to check them would wait.
-        scale = t if isinstance(t, Tensor) else torch.tensor([float(value) for value in t])
-        scale = scale.reshape(-1).to(next(model.parameters()).device, torch.float32)
+        scale = t.reshape(-1)
+    if isinstance(scale, Tensor):
+        scale = scale.to(next(model.parameters()).device, torch.float32)
     before = [(rope.scale, rope.positions) for rope in ropes]
     try:
         for rope in ropes:

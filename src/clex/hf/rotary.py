@@ -63,8 +63,9 @@ class ScaledRope(nn.Module):
             t = self.scale
         else:
             t = torch.tensor([self.scale], device=x.device)
-        if len(t) > 1 and position_ids.shape[-2] == 1:
-            position_ids = position_ids.expand(*position_ids.shape[:-2], len(t), -1)
+        rows = max(len(t), 1 if self.positions is None else len(self.positions))
+        if rows > 1 and position_ids.shape[-2] == 1:
+            position_ids = position_ids.expand(*position_ids.shape[:-2], rows, -1)
         if self.positions is not None:
             table = self.positions.to(x.device).expand(position_ids.shape[-2], -1)
             position_ids = table.gather(1, position_ids)
