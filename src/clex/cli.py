@@ -82,6 +82,9 @@ def extend(
     max_scale: Annotated[float, typer.Option(help="Longest text over the native window.")] = 8.0,
     method: Annotated[str, typer.Option(help="Scaling method, see clex methods.")] = "clex",
     preset: Annotated[Preset, typer.Option(help="Formulation.")] = Preset.default,
+    base: Annotated[
+        str, typer.Option(help="Closed form to start from; auto tries which one is best.")
+    ] = "auto",
     native_length: Annotated[
         int | None, typer.Option(help="Window of the model, if its config does not say it.")
     ] = None,
@@ -144,7 +147,13 @@ def extend(
         raise ConfigError("--resume and --overwrite contradict each other")
     if resume and not (out / RUN_FILE).is_file():
         raise ConfigError(f"--resume: there is no run in {out}")
-    given = {"positions": positions, "temperature": temperature, **_settings(set_ or [])}
+    auto = base == "auto" or method != "clex"
+    given = {
+        "base": None if auto else base,
+        "positions": positions,
+        "temperature": temperature,
+        **_settings(set_ or []),
+    }
     clex = ClexConfig.from_dict(
         {
             "preset": preset.value,
@@ -187,6 +196,7 @@ def extend(
             rivals=_names(rivals),
         ),
         eval_data=eval_data,
+        choose_start=base == "auto" and preset is Preset.default,
         field=field,
         start=start,
         overwrite=overwrite,

@@ -39,9 +39,9 @@ def run_demo(out: str | Path, *, overwrite: bool = False, console: Console | Non
     clex = ClexConfig(max_scale=SCALE)
     evaluation = EvalConfig(documents=4, windows=4)
     stages = {
-        "clex, dynamics": (TrainConfig(depth="dynamics", steps=60), None, evaluation),
+        "clex, dynamics": (TrainConfig(depth="dynamics", steps=40), None, evaluation),
         "clex, full": (
-            TrainConfig(depth="full", steps=100, batch_size=8, rate=3e-4),
+            TrainConfig(depth="full", steps=40, batch_size=8, rate=1e-4),
             out / "dynamics",
             replace(evaluation, rivals=()),
         ),
@@ -57,6 +57,7 @@ def run_demo(out: str | Path, *, overwrite: bool = False, console: Console | Non
             training=training,
             evaluation=measured,
             eval_data=books / "test.jsonl.gz",
+            choose_start=True,
             start=start,
             overwrite=overwrite,
             device="cpu",

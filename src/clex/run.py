@@ -32,9 +32,10 @@ from .evaluation.perplexity import (
 )
 from .evaluation.report import table, write_report
 from .files import output_errors, read_json, write_json
-from .hf.checkpoint import base_name, is_checkpoint, load, require_loadable
+from .hf.checkpoint import base_name, is_checkpoint, load, load_config, require_loadable
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
+from .start import choose_base
 from .training import TrainConfig, check_plan, train
 from .version import __version__
 
@@ -124,6 +125,7 @@ def run_extend(
     training: TrainConfig,
     evaluation: EvalConfig,
     eval_data: str | Path | None = None,
+    choose_start: bool = False,
     field: str = "text",
     start: str | Path | None = None,
     overwrite: bool = False,
@@ -143,6 +145,8 @@ def run_extend(
         training: how it is trained.
         evaluation: how it is measured.
         eval_data: held-out text; a tenth of the documents of `data` is held out if not given.
+        choose_start: try which closed form is the best base curve (`clex.start`) before dynamics
+            are fitted on windows of their true lengths, instead of taking `clex.base`.
         field: column or key of the text.
         start: an extended model to go on from, instead of a fresh extension of `model_name`.
         overwrite: delete what an earlier run left in `out`.
@@ -161,6 +165,7 @@ def run_extend(
         "model": model_name,
         "data": str(data),
         "eval_data": str(eval_data) if eval_data else None,
+        "choose_start": choose_start,
         "field": field,
         "start": str(start) if start else None,
         "clex": clex.to_dict(),
@@ -183,6 +188,15 @@ def run_extend(
         tokens, held_out = split_documents(tokens)
     else:
         held_out = load_tokens(eval_data, tokenizer, field)
+    if start is not None:
+        require_loadable(start, plain)
+        before = load_config(start)
+        for name in ("method", "preset", "max_scale"):
+            if getattr(before, name) != getattr(clex, name):
+                raise ConfigError(
+                    f"{start} has {name} {getattr(before, name)}, not {getattr(clex, name)}"
+                )
+        clex = before
     with as_method(plain, clex) as probe:
         resolved = config_of(probe)
     native = resolved.native_length
@@ -194,8 +208,6 @@ def run_extend(
     for config in free.values():
         with as_method(plain, config):
             pass
-    if start is not None:
-        require_loadable(start, plain)
     if evaluation.lengths is None and plan.lengths[-1] * 2 <= native * resolved.max_scale:
         console.print(
             f"measuring up to {plan.lengths[-1]:,} tokens only, this being a CPU;"
@@ -206,11 +218,18 @@ def run_extend(
     with _claimed(out, settings, overwrite):
         baseline_file = out / _BASELINE_FILE
         if baseline_file.is_file():
-            rows = [Row(**row) for row in read_json(baseline_file)]
+            baseline = read_json(baseline_file)
+            rows, base = [Row(**row) for row in baseline["rows"]], baseline["base"]
         else:
             with autocast(place, training.precision):
                 rows = evaluate_methods(plain, held_out, plan, free, console)
-            write_json(baseline_file, [row.to_dict() for row in rows])
+                base = None
+                true_lengths = training.depth == "dynamics" and training.train_length is None
+                if choose_start and true_lengths and start is None and clex.method == "clex":
+                    base = choose_base(plain, tokens, clex, seed=training.seed, console=console)
+            write_json(baseline_file, {"rows": [row.to_dict() for row in rows], "base": base})
+        if base is not None:
+            clex = clex.replace(base=base)
         torch.manual_seed(training.seed)
         model = load(start, plain) if start is not None else extend(plain, clex)
         model = train(

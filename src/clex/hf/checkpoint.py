@@ -251,6 +251,15 @@ def _fingerprint(rope: ScaledRope) -> dict[str, dict[str, Any]]:
     return result
 
 
+def load_config(folder: str | Path) -> ClexConfig:
+    """The config of the extension in `folder`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return ClexConfig.from_dict(_read_about(Path(folder))["clex"])
+
+
 def base_name(folder: str | Path) -> str:
     """Name or folder of the plain model that an extension in `folder` was made from.
 
