@@ -252,6 +252,43 @@ def test_integer_scales() -> None:
     assert all(45 <= scales.count(t) <= 55 for t in set(scales))  # low discrepancy again
 
 
+def test_the_largest_scale_rises() -> None:
+    plan = make_windows(LONG, tokens=64, max_scale=32.0, rising=100, count=200).plan
+    scales = torch.tensor([plan.scale(i, 3) for i in range(200)], dtype=torch.float64)
+    largest = torch.tensor([plan.largest(i) for i in range(200)], dtype=torch.float64)
+    # 2 to 32 is four doublings of 25 items each.
+    expected = [2.0, 4.0, 8.0, 16.0, 32.0, 32.0]
+    assert largest[[0, 25, 50, 75, 100, 199]].tolist() == pytest.approx(expected)
+    assert (largest.diff() >= 0).all() and (scales <= largest).all() and (scales >= 1).all()
+    # The whole range below the largest is drawn from, not its end alone.
+    shares = (scales - 1) / (largest - 1)
+    assert shares[:100].min() < 0.03 and shares[:100].max() > 0.97
+    # After it, and where it is off, scales are those of a plan without it.
+    off = make_windows(LONG, tokens=64, max_scale=32.0).plan
+    assert scales[100:].tolist() == [off.scale(i, 3) for i in range(100, 200)]
+    assert scales[:100].max() < 32 and any(off.scale(i, 3) > largest[i] for i in range(100))
+    assert [off.largest(i) for i in (0, 7)] == [32.0, 32.0]
+    # Item by item, in any order.
+    assert [plan.scale(i, 3) for i in range(199, -1, -1)] == scales.flip(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first"), [(1.0, 1.5, 1.5), (3.0, 8.0, 3.0), (1.0, 8.0, 2.0), (8.0, 8.0, 8.0)]
+)
+def test_where_the_largest_scale_starts(low: float, high: float, first: float) -> None:
+    plan = make_windows(LONG, tokens=64, min_scale=low, max_scale=high, rising=50).plan
+    assert (plan.largest(0), plan.largest(50)) == (first, high)
+    assert all(low <= plan.scale(i, 0) <= plan.largest(i) for i in range(60))
+
+
+def test_the_largest_whole_scale_rises() -> None:
+    settings = {"tokens": 64, "integer_scales": True, "max_scale": 4.9, "rising": 100}
+    windows = make_windows(LONG, **settings)
+    scales = [windows[i]["scale"] for i in range(200)]
+    assert set(scales[:30]) == {1.0, 2.0} and set(scales[100:]) == {1.0, 2.0, 3.0, 4.0}
+    assert all(t <= windows.plan.largest(i) for i, t in enumerate(scales))
+
+
 # Packing.
 
 

@@ -5,17 +5,30 @@ import math
 import pytest
 import torch
 
+import clex
+import tiny
+from clex.data import collate
 from clex.errors import ConfigError
-from clex.positions import SAMPLERS, get_sampler, random_subset, sample_positions, uniform
+from clex.hf.rotary import ScaledRope
+from clex.positions import (
+    SAMPLERS,
+    get_sampler,
+    parse_mixture,
+    random_subset,
+    sample_positions,
+    uniform,
+)
 from references import assert_close
 
 NATIVE = 64
 SEEDS = torch.arange(7, 7 + 40)
 SCALES = torch.linspace(1.0, 16.0, len(SEEDS))
+MIXTURE = "chunks:3,random:1,uniform,contiguous:2"
+NAMES = [*SAMPLERS, MIXTURE]
 
 
 @pytest.mark.parametrize("n", [3, 50, 64, 65, 200])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_increasing_and_inside_the_span(name: str, n: int) -> None:
     positions = sample_positions(name, n, SCALES, SEEDS, NATIVE)
     assert positions.shape == (len(SEEDS), n) and positions.dtype == torch.float32
@@ -36,12 +49,17 @@ def test_scale_one_keeps_plain_positions(name: str) -> None:
     assert torch.equal(positions[1], plain) == (name == "contiguous")
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_depends_on_its_own_seed_and_scale_alone(name: str) -> None:
+    """Neither the batch around it, nor its place there, nor which process has it, matters."""
     together = sample_positions(name, 50, SCALES, SEEDS, NATIVE)
     for row in (0, 1, 17, 39):
         alone = sample_positions(name, 50, SCALES[row : row + 1], SEEDS[row : row + 1], NATIVE)
         assert torch.equal(alone[0], together[row]), f"row {row}"
+    order = torch.randperm(len(SEEDS))
+    for rows in (*order.split(7), torch.arange(0, 40, 2), torch.arange(1, 40, 2)):
+        part = sample_positions(name, 50, SCALES[rows], SEEDS[rows], NATIVE, max_scale=99.5)
+        assert torch.equal(part, together[rows]), rows
     torch.manual_seed(99)
     assert torch.equal(sample_positions(name, 50, SCALES, SEEDS, NATIVE), together)
 
@@ -94,7 +112,7 @@ def _splitmix_by_hand(seed: int, stream: int, count: int) -> list[float]:
 
 def test_random_subset_is_uniform() -> None:
     rows, n, span = 4000, 10, 40
-    positions = random_subset(n, torch.full((rows,), float(span)), torch.arange(rows), 40)
+    positions = random_subset(n, torch.full((rows,), float(span)), torch.arange(rows), 40, span)
     assert (positions[:, 0] == 0).all() and (positions[:, -1] == span - 1).all()
     counts = torch.bincount(positions[:, 1:-1].long().flatten(), minlength=span)[1 : span - 1]
     expected = rows * (n - 2) / (span - 2)
@@ -133,6 +151,121 @@ def test_chunks_keep_neighbours_together() -> None:
     # The negative: a random subset shows few neighbours at this scale.
     scattered = sample_positions("random", n, t, torch.arange(rows), NATIVE).diff(dim=1)
     assert (scattered == 1).double().mean() < 0.5
+
+
+@pytest.mark.parametrize("n", [50, 200])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_does_not_wait_for_the_device(name: str, n: int) -> None:
+    """Tensors on `meta` have no values, so any that is read on the host raises."""
+    t, seeds = SCALES.to("meta"), SEEDS.to("meta")
+    assert sample_positions(name, n, t, seeds, NATIVE, 16.0).shape == (len(SEEDS), n)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        sample_positions(name, n, t, seeds, NATIVE)  # the largest scale is read from `t`
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_does_not_wait_for_the_gpu(name: str) -> None:
+    t, seeds = SCALES.cuda(), SEEDS.cuda()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        positions = sample_positions(name, 50, t, seeds, NATIVE, 16.0)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(positions.cpu(), sample_positions(name, 50, SCALES, SEEDS, NATIVE))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [50, 200])
+def test_the_largest_scale_changes_no_position(name: str, n: int) -> None:
+    positions = sample_positions(name, n, SCALES, SEEDS, NATIVE)
+    for most in (16.0, 17.3, 64.0):
+        assert torch.equal(sample_positions(name, n, SCALES, SEEDS, NATIVE, most), positions)
+
+
+# Mixtures.
+
+
+def test_weights() -> None:
+    assert parse_mixture("chunks") == {"chunks": 1.0}
+    assert parse_mixture(" chunks : 7, contiguous : 3 ") == {"chunks": 0.7, "contiguous": 0.3}
+    assert parse_mixture("chunks,random") == {"chunks": 0.5, "random": 0.5}
+    assert parse_mixture("chunks:1e-3,random:3e-3")["random"] == pytest.approx(0.75)
+
+
+def test_one_sampler_places_a_row() -> None:
+    rows = 4000
+    t, seeds = torch.full((rows,), 8.0), torch.arange(rows)
+    text = "chunks:0.5,random:0.3,contiguous:0.2"
+    mixed = sample_positions(text, 32, t, seeds, NATIVE)
+    found = {}
+    for name, share in parse_mixture(text).items():
+        same = (mixed == sample_positions(name, 32, t, seeds, NATIVE)).all(dim=1)
+        found[name] = same
+        # Four standard deviations of a share.
+        assert abs(float(same.double().mean()) - share) < 4 * math.sqrt(share / rows), name
+    assert torch.stack(list(found.values())).any(dim=0).all()
+    # The negative: which sampler a row gets says nothing about where it would put the tokens.
+    ends = sample_positions("chunks", 32, t, seeds, NATIVE)[:, -1]
+    apart = ends[found["chunks"]].mean() - ends[~found["chunks"]].mean()
+    assert abs(float(apart)) < 4 * float(ends.std()) * math.sqrt(4 / rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "unknown position sampler ''"),
+        ("chunks:0.7,contigous:0.3", "did you mean 'contiguous'"),
+        ("chunks:0.7,", "unknown position sampler ''"),
+        ("chunks:1,chunks:2", "'chunks' is named twice"),
+        ("chunks:", "weight of position sampler 'chunks' must be a positive number, not ''"),
+        ("chunks:0,random:1", "must be a positive number, not '0'"),
+        ("chunks:-1,random:1", "must be a positive number, not '-1'"),
+        ("chunks:nan", "must be a positive number, not 'nan'"),
+        ("chunks:inf", "must be a positive number, not 'inf'"),
+        ("chunks:much", "must be a positive number, not 'much'"),
+        ("chunks:1:2", "must be a positive number, not '1:2'"),
+    ],
+)
+def test_bad_mixtures(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_mixture(text)
+    with pytest.raises(ConfigError, match=words):
+        sample_positions(text, 50, SCALES, SEEDS, NATIVE)
+
+
+# Packing.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_documents_rise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the rotary code of the host, in a batch of one packed and one whole window."""
+    lengths = (30, 20, 14)
+    restarting = torch.cat([torch.arange(n) for n in lengths])
+    items = [
+        {"input_ids": tiny.make_ids(1, 64)[0], "position_ids": ids, "scale": 4.0, "seed": seed}
+        for ids, seed in ((restarting, 5), (torch.arange(64), 6))
+    ]
+    batch = collate([{**item, "packed": item["seed"] == 5} for item in items])
+    table = sample_positions(name, 64, batch["scale"], batch["seed"], NATIVE)
+    seen = []
+    call = ScaledRope._call
+
+    def watch(self: ScaledRope, x: torch.Tensor, position_ids: torch.Tensor, *rest: object) -> None:
+        seen.append(position_ids)
+        return call(self, x, position_ids, *rest)  # type: ignore[arg-type]
+
+    model = clex.extend(tiny.make_model(), clex.ClexConfig(max_scale=4))
+    monkeypatch.setattr(ScaledRope, "_call", watch)
+    with clex.at_scale(model, batch["scale"], table):
+        tiny.logits(model, batch["input_ids"], position_ids=batch["position_ids"])
+    (used,) = seen
+    assert torch.equal(used[1], table[1])
+    for document in used[0].split(lengths):
+        assert document[0] == 0 and (document.diff() > 0).all()
+        assert torch.equal(document, table[0, : len(document)])
 
 
 def test_unknown_sampler() -> None:

@@ -202,6 +202,74 @@ def test_packed_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(record["loss"] > 0 for record in read_log(tmp_path))
 
 
+def drawn_positions(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, positions: str, **settings: Any
+) -> dict[int, tuple[float, Tensor]]:
+    """Scale and positions of every row of a run, by the row's seed."""
+    rows: dict[int, tuple[float, Tensor]] = {}
+    draw = training.sample_positions
+
+    def watch(name: str, n: int, t: Tensor, seeds: Tensor, native: int, most: float) -> Tensor:
+        table = draw(name, n, t, seeds, native, most)
+        assert (name, most) == (positions, 4)
+        rows.update(zip(seeds.tolist(), zip(t.tolist(), table, strict=True), strict=True))
+        return table
+
+    monkeypatch.setattr(training, "sample_positions", watch)
+    run(folder, make(positions=positions), depth="full", rate=1e-3, **settings)
+    monkeypatch.undo()
+    return rows
+
+
+def test_positions_do_not_depend_on_the_batching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = "chunks:2,random:1,contiguous:0.5"
+    shapes = [(4, 1), (2, 2), (1, 4)]
+    runs = [
+        drawn_positions(
+            tmp_path / f"{size}", monkeypatch, mixture, steps=2, batch_size=size, accumulation=count
+        )
+        for size, count in shapes
+    ]
+    assert [len(rows) for rows in runs] == [8, 8, 8]
+    for rows in runs[1:]:
+        assert rows.keys() == runs[0].keys()
+        assert all(rows[k][0] == t for k, (t, _) in runs[0].items())
+        assert all(torch.equal(rows[k][1], table) for k, (_, table) in runs[0].items())
+
+
+def test_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"steps": 8, "native_share": 0.0}
+    rising = drawn_positions(tmp_path / "a", monkeypatch, "chunks", curriculum=0.75, **settings)
+    steady = drawn_positions(tmp_path / "b", monkeypatch, "chunks", **settings)
+    scales = [[rows[k][0] for k in sorted(rows)] for rows in (rising, steady)]
+    limits = [2 * 2 ** (i / 6) for i in range(6)] + [4, 4]
+    assert all(t <= most for t, most in zip(scales[0], limits, strict=True))
+    assert any(t > most for t, most in zip(scales[1], limits, strict=True))
+    assert scales[0][6:] == scales[1][6:]
+
+
+def test_curriculum_counts_the_items_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = training.config_of(make())
+    config = TrainConfig(depth="full", steps=10, batch_size=2, accumulation=3, curriculum=0.5)
+    assert training.check_plan(extension, config, TOKENS).rising == 30
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert training.check_plan(extension, config, TOKENS).rising == 120
+    assert training.check_plan(extension, TrainConfig(depth="full"), TOKENS).rising == 0
+
+
+def test_post_operations_train(tmp_path: Path) -> None:
+    model = make(post=("clip", "resonance"))
+    before = weights(model)
+    run(tmp_path, model)
+    assert any("scalings" in name for name in moved(before, weights(model)))
+    loaded = clex.load(tmp_path, model=tiny.make_model())
+    for t in (1.0, 3.0):
+        assert torch.equal(clex.frequencies(loaded, t), clex.frequencies(model, t))
+    assert clex.frequencies(loaded, 3.0)[-1] == 0 < clex.frequencies(loaded, 1.0)[-1]
+
+
 # Interruptions.
 
 
@@ -408,6 +476,7 @@ def test_terminal_is_given_back_after_an_error(
     ("settings", "error", "words"),
     [
         ({"train_length": 257}, ConfigError, r"train length 257 is above .* 4 \* 64 = 256"),
+        ({"positions": "chunks:1,rand:1"}, ConfigError, "did you mean 'random'"),
         ({"max_scale": 8.0}, ConfigError, "training scales 1 to 8 must lie between 1 and"),
         ({"min_scale": 3.0, "max_scale": 2.0}, ConfigError, "training scales 3 to 2"),
         ({"tokens": tiny.make_tokens([255, 100])}, DataError, "longest usable length is 255"),
@@ -416,8 +485,9 @@ def test_terminal_is_given_back_after_an_error(
 def test_plans_that_are_refused(
     tmp_path: Path, settings: dict[str, Any], error: type[ClexError], words: str
 ) -> None:
+    positions = {name: settings.pop(name) for name in ("positions",) if name in settings}
     with pytest.raises(error, match=words):
-        run(tmp_path / "out", **settings)
+        run(tmp_path / "out", make(**positions), **settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -435,6 +505,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps = 0 is out of range"),
     ({"rate": float("nan")}, "rate = nan is out of range"),
     ({"native_share": 1.5}, "native_share = 1.5 is out of range"),
+    ({"curriculum": -0.1}, "curriculum = -0.1 is out of range"),
     ({"train_length": 4}, "train_length = 4 is out of range"),
 ]
 

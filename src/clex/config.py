@@ -86,12 +86,15 @@ class ClexConfig:
         layer_types: layer types to extend in models with one rotary per type; all types with
             full attention where it is not given.
         options: settings of the closed-form method (for ``"clex"``: of its base curve).
+        post: operations on the frequencies of any method, for t > 1, in this order: ``"clip"``,
+            ``"resonance"``, ``"p_rope"`` (`clex.scaling.post`).
         grid: how t is rounded up outside training: ``"none"``, ``"integer"``, or
             ``"quarter_octave"`` (powers of 2**(1/4)), so that near lengths share one table.
         temperature: ``"none"``, ``"log_n"``, ``"yarn"`` or ``"learned"`` (`clex.temperature`); a
             closed-form method brings its own where it is not given.
         temperature_in_training: whether the temperature acts in training as well.
-        positions: how training positions are drawn (`clex.positions`).
+        positions: how training positions are drawn (`clex.positions`): a sampler, or a mixture of
+            some with weights, such as ``"chunks:0.7,contiguous:0.3"``.
         integer_scales: whether training draws whole numbers for t.
         field: ``"modulated"`` or ``"released"`` (`clex.fields`).
         base: closed-form method around which the field acts.
@@ -111,6 +114,7 @@ class ClexConfig:
     native_length: int | None = None
     layer_types: tuple[str, ...] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    post: tuple[str, ...] = ()
     grid: str = _FROM_PRESET
     temperature: str | None = None
     temperature_in_training: bool = _FROM_PRESET
@@ -162,6 +166,11 @@ class ClexConfig:
             isinstance(key, str) for key in self.options
         ):
             raise ConfigError(f"options must be a mapping from names, not {self.options!r}")
+        if not isinstance(self.post, list | tuple) or not all(
+            isinstance(name, str) for name in self.post
+        ):
+            raise ConfigError(f"post must be a list of names, not {self.post!r}")
+        object.__setattr__(self, "post", tuple(self.post))
         if self.layer_types is not None:
             if isinstance(self.layer_types, str):
                 raise ConfigError(f"layer_types must be a list, not {self.layer_types!r}")

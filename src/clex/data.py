@@ -214,6 +214,7 @@ class WindowPlan:
             mean loss buys a better middle with a collapse in the last few percent of the range.
         native_share: share of items at t = 1, which teach (and keep) the short window.
         integer_scales: draw whole numbers in that range uniformly instead, as the released CLEX.
+        rising: number of items, from the first, over which the largest scale rises to `max_scale`.
     """
 
     tokens: int | None
@@ -223,10 +224,22 @@ class WindowPlan:
     margin: float = 0.0
     native_share: float = 0.0
     integer_scales: bool = False
+    rising: int = 0
 
     def window(self, scale: float) -> int:
         """Tokens of a window at `scale`."""
         return self.tokens or max(2, round(scale * self.native_length * (1 + self.margin)))
+
+    def largest(self, index: int) -> float:
+        """The largest scale that item `index` may have.
+
+        While it rises it grows by the same factor from item to item, from 2 (or `min_scale` where
+        that is more): the shorter windows come first, and each doubling gets as many items.
+        """
+        if index >= self.rising:
+            return self.max_scale
+        start = min(max(self.min_scale, 2.0), self.max_scale)
+        return start * (self.max_scale / start) ** (index / self.rising)
 
     def scale(self, index: int, seed: int) -> float:
         """The scale of item `index`, along a low-discrepancy sequence."""
@@ -238,9 +251,10 @@ class WindowPlan:
         if coin < self.native_share:
             return 1.0
         if self.integer_scales:
-            low, high = math.ceil(self.min_scale), int(self.max_scale)
+            low = math.ceil(self.min_scale)
+            high = max(low, int(self.largest(index)))
             return float(low + int(share * (high - low + 1)))
-        return self.min_scale + (self.max_scale - self.min_scale) * share
+        return self.min_scale + (self.largest(index) - self.min_scale) * share
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Any]]):

@@ -3,11 +3,15 @@
 A sampler places n tokens inside a span of ``t * native_length`` positions, so that a model meets
 the distances of long texts in short ones. All draw from a counter-based generator: the numbers
 depend on the seed of the row and nothing else, neither the device, nor the batch around it, nor
-the number of processes.
+the number of processes. In a mixture the seed of the row also says which sampler places it.
+
+Positions rise strictly along a row. They are a table that `position_ids` index, so a packed
+document, whose `position_ids` restart at 0, gets the first of them and they rise along it as well.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,45 +34,47 @@ def uniform(seeds: Tensor, n: int, stream: int = 0) -> Tensor:
     # SplitMix64 (Steele, Lea, Flood 2014) on seed and counter; int64 wraps as uint64 would.
     x = _mix(seeds[:, None] * 0x2545F4914F6CDD1D + stream)
     x = _mix(x + (counter + 1) * -0x61C8864680B583EB)
-    return ((x >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+    return (x >> 11).bitwise_and_((1 << 53) - 1).double().div_(1 << 53)
 
 
 def _mix(x: Tensor) -> Tensor:
+    # In place on the shifted copy: on a CPU new memory costs more than the arithmetic.
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+        x = (x >> shift).bitwise_and_((1 << (64 - shift)) - 1).bitwise_xor_(x).mul_(factor)
+    return (x >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(x)
 
 
-def contiguous(n: int, span: Tensor, seeds: Tensor, native_length: int) -> Tensor:
+def contiguous(n: int, span: Tensor, seeds: Tensor, native_length: int, longest: int) -> Tensor:
     """0, 1, ..., n-1, whatever the span is."""
     return torch.arange(n, dtype=torch.float32, device=span.device).expand(len(span), n)
 
 
-def stretched(n: int, span: Tensor, seeds: Tensor, native_length: int) -> Tensor:
+def stretched(n: int, span: Tensor, seeds: Tensor, native_length: int, longest: int) -> Tensor:
     """Real positions at equal distances from 0 to span - 1 (the CLEX paper's alternative)."""
     steps = torch.arange(n, dtype=torch.float64, device=span.device)
     return (steps * ((span[:, None].double() - 1) / (n - 1))).float()
 
 
-def random_subset(n: int, span: Tensor, seeds: Tensor, native_length: int) -> Tensor:
+def random_subset(n: int, span: Tensor, seeds: Tensor, native_length: int, longest: int) -> Tensor:
     """A sorted random subset with both ends in it (CLEX, released code; RandomPos).
 
     Where n exceeds the native window by a whole factor k, positions are multiples of 1/k, as in the
     released code, so that n of them fit into the span of t = 1.
+
+    Time and memory follow `longest`, for as many keys are drawn; a larger one changes no position.
     """
     fraction = max(1, n // native_length)
     places = (span.double() * fraction).round().clamp(min=float(n))  # (B,)
-    most = int(places.max().item())
-    keys = uniform(seeds, most)
-    inner = torch.arange(most, device=span.device)
+    keys = uniform(seeds, max(n, longest * fraction))
+    inner = torch.arange(keys.shape[1], device=span.device)
     outside = (inner < 1) | (inner >= places[:, None] - 1)
-    keys = keys.masked_fill(outside, 2.0)
-    chosen = keys.topk(n - 2, dim=1, largest=False).indices.sort(dim=1).values
+    keys.masked_fill_(outside, 2.0)
+    chosen = keys.topk(n - 2, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
     ends = torch.zeros_like(places)[:, None], places[:, None] - 1
     return (torch.cat([ends[0], chosen.double(), ends[1]], dim=1) / fraction).float()
 
 
-def chunks(n: int, span: Tensor, seeds: Tensor, native_length: int) -> Tensor:
+def chunks(n: int, span: Tensor, seeds: Tensor, native_length: int, longest: int) -> Tensor:
     """Contiguous pieces with random skips between them (PoSE, arXiv 2309.10400, with M chunks).
 
     M is uniform in 2 to 16, the cuts are uniform, and so are the skips in front of each piece,
@@ -90,7 +96,7 @@ def chunks(n: int, span: Tensor, seeds: Tensor, native_length: int) -> Tensor:
     return (index + skips.gather(1, piece)).float()
 
 
-Sampler = Callable[[int, Tensor, Tensor, int], Tensor]
+Sampler = Callable[[int, Tensor, Tensor, int, int], Tensor]
 
 SAMPLERS: dict[str, Sampler] = {
     "contiguous": contiguous,
@@ -101,7 +107,10 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def get_sampler(name: str) -> Sampler:
-    """The sampler called `name`: ``(n, span (B,), seeds (B,), native_length) -> (B, n) float32``.
+    """The sampler called `name`.
+
+    It is called with n tokens, span (B,), seeds (B,), native_length, and a whole number that no
+    span is above; it returns positions, float32, shape (B, n).
 
     Raises:
         ConfigError: there is no such sampler.
@@ -111,24 +120,73 @@ def get_sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
-def sample_positions(name: str, n: int, t: Tensor, seeds: Tensor, native_length: int) -> Tensor:
+def parse_mixture(text: str) -> dict[str, float]:
+    """Samplers and the share of rows that each places; the shares sum to 1.
+
+    Args:
+        text: name of a sampler, or several with weights: ``"chunks:0.7,contiguous:0.3"``. A weight
+            is any positive number, 1 where none is given.
+
+    Raises:
+        ConfigError: a sampler is unknown or named twice, or a weight is no positive number.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, colon, number = (piece.strip() for piece in part.partition(":"))
+        get_sampler(name)
+        if name in weights:
+            raise ConfigError(f"position sampler {name!r} is named twice in {text!r}")
+        try:
+            weights[name] = float(number) if colon else 1.0
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
+            raise ConfigError(
+                f"the weight of position sampler {name!r} must be a positive number, not {number!r}"
+            )
+    total = math.fsum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def sample_positions(
+    name: str,
+    n: int,
+    t: Tensor,
+    seeds: Tensor,
+    native_length: int,
+    max_scale: float | None = None,
+) -> Tensor:
     """Positions for a batch of n-token sequences at scales `t`.
 
     Args:
-        name: of the sampler.
+        name: of the sampler, or a mixture of some (`parse_mixture`): then one is drawn for each
+            row by its seed.
         n: tokens of each sequence, at least 3.
         t: scale of each sequence, shape (B,). A sequence at t = 1 that fits the native window keeps
             its plain positions, whatever the sampler.
         seeds: int64, shape (B,).
         native_length: the unit of t, tokens.
+        max_scale: a number that no `t` is above. If it is not given it is read from `t`, for which
+            the host waits for the device; the positions are the same.
 
     Returns:
         Strictly increasing positions, float32, shape (B, n), on the device of `t`.
     """
+    shares = parse_mixture(name)
+    if max_scale is None:
+        max_scale = float(t.max())
+    longest = max(n, math.ceil(max_scale * native_length))
     span = t.double() * native_length
-    if name not in ("random", "uniform"):  # these two can place tokens between whole positions
-        span = span.clamp(min=float(n))
-    plain = contiguous(n, span, seeds, native_length)
-    drawn = get_sampler(name)(n, span, seeds, native_length)
+    plain = contiguous(n, span, seeds, native_length, longest)
     keep = (t <= 1) if n <= native_length else torch.zeros_like(t, dtype=torch.bool)
-    return torch.where(keep[:, None], plain, drawn)
+    positions, passed = plain, 0.0
+    coin = uniform(seeds, 1, stream=4)[:, 0]
+    for sampler, share in shares.items():
+        # "random" and "uniform" can place tokens between whole positions.
+        room = span if sampler in ("random", "uniform") else span.clamp(min=float(n))
+        drawn = get_sampler(sampler)(n, room, seeds, native_length, longest)
+        # Each row overwrites until the sampler that its coin stands for: to know on the host which
+        # rows need which sampler would cost more than to draw all of them.
+        positions = torch.where((coin >= passed)[:, None], drawn, positions)
+        passed += share
+    return torch.where(keep[:, None], plain, positions)

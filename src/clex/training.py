@@ -35,16 +35,16 @@ from .hf.checkpoint import WEIGHTS_FILE, Weights, load_extension_state, save
 from .hf.extend import at_scale, config_of, require_extension
 from .hf.loss import TokenLoss
 from .hf.rotary import ScaledRope
-from .positions import get_sampler, sample_positions
+from .positions import parse_mixture, sample_positions
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
 _COMPLETE = "complete.json"
 
 # What is tried first at each depth; see docs/log.md for the runs that chose these.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "dynamics": {"steps": 120, "dynamics_rate": 1e-2, "native_share": 0.0, "batch_size": 1},
-    "lora": {"steps": 200, "rate": 2e-4, "dynamics_rate": 1e-3, "native_share": 0.25},
-    "full": {"steps": 200, "rate": 2e-4, "dynamics_rate": 1e-3, "native_share": 0.25},
+    "dynamics": {"steps": 120, "dynamics_rate": 2e-3, "native_share": 0.0, "batch_size": 1},
+    "lora": {"steps": 200, "rate": 2e-4, "dynamics_rate": 2e-4, "native_share": 0.25},
+    "full": {"steps": 200, "rate": 2e-4, "dynamics_rate": 2e-4, "native_share": 0.25},
 }
 _FROM_DEPTH: Any = None
 
@@ -68,6 +68,8 @@ class TrainConfig:
         weight_decay: on weights; never on the extension.
         clip: largest gradient norm, of the weights and of the extension each on its own.
         native_share: share of windows at t = 1 with plain positions.
+        curriculum: share of the windows, from the first, over which the largest scale grows
+            geometrically from 2 (or `min_scale`) to `max_scale`; 0 is off.
         margin: how much longer windows of true lengths are than their scale says, so that the end
             of the range is safe.
         loss_windows: of a window of its scale's true length the last
@@ -98,8 +100,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     native_share: float = _FROM_DEPTH
-    margin: float = 0.0625
-    loss_windows: float = 1.0
+    curriculum: float = 0.0
+    margin: float = 0.125
+    loss_windows: float = 0.5
     lora_rank: int = 16
     seed: int = 0
     save_every: int = 50
@@ -129,6 +132,7 @@ class TrainConfig:
             "dynamics_rate": (0.0, 10.0),
             "warmup": (0.0, 1.0),
             "native_share": (0.0, 1.0),
+            "curriculum": (0.0, 1.0),
             "margin": (0.0, 1.0),
             "loss_windows": (0.01, 1e6),
             "lora_rank": (1, 4096),
@@ -180,8 +184,7 @@ def train(
     folder = Path(folder)
     extension = config_of(model)
     plan = check_plan(extension, config, tokens)
-    items = config.steps * config.batch_size * config.accumulation * _world_size()
-    windows = Windows(tokens, plan, items, config.seed)
+    windows = Windows(tokens, plan, _items(config), config.seed)
     set_seed(config.seed)  # adapters are drawn before the Trainer sets it
     model = _prepare(model, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -235,7 +238,7 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
             "batch_size must be 1 for windows of their true lengths, which differ;"
             " raise accumulation instead, or give a train length"
         )
-    get_sampler(extension.positions)
+    parse_mixture(extension.positions)
     most = config.max_scale or extension.max_scale
     if not 1 <= config.min_scale <= most <= extension.max_scale:
         raise ConfigError(
@@ -250,13 +253,16 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
         margin=config.margin,
         native_share=config.native_share,
         integer_scales=extension.integer_scales,
+        rising=round(config.curriculum * _items(config)),
     )
     Windows(tokens, plan, count=1)
     return plan
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _items(config: TrainConfig) -> int:
+    """Windows of a whole run, of all processes together."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return config.steps * config.batch_size * config.accumulation * processes
 
 
 def _prepare(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -306,16 +312,25 @@ def _arguments(config: TrainConfig, folder: Path, longest: int) -> TrainingArgum
         data_seed=config.seed,
         bf16=bf16,
         use_cpu=not cuda,
-        gradient_checkpointing=checkpointing,
-        # The reentrant form walks the shared cos/sin graph once per layer and finds it freed.
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         torch_compile=config.compile,
         remove_unused_columns=False,
         dataloader_num_workers=0,
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",
         accelerator_config={"use_seedable_sampler": True},
+        **(_recompute() if checkpointing else {}),
     )
+
+
+def _recompute() -> dict[str, Any]:
+    """Activation checkpointing, under the name that this release of transformers has for it."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    prefix = "activation" if "activation_checkpointing" in fields else "gradient"
+    return {
+        f"{prefix}_checkpointing": True,
+        # The reentrant form walks the shared cos/sin graph once per layer and finds it freed.
+        f"{prefix}_checkpointing_kwargs": {"use_reentrant": False},
+    }
 
 
 class ExtensionTrainer(Trainer):
@@ -367,7 +382,8 @@ class ExtensionTrainer(Trainer):
         if self.true_lengths:
             last = min(n - 1, round(self.config.loss_windows * native))
         else:
-            positions = sample_positions(self.extension.positions, n, scale, seed, native)
+            most = self.windows.plan.max_scale
+            positions = sample_positions(self.extension.positions, n, scale, seed, native, most)
         with at_scale(self.extended, scale, positions), self.accelerator.autocast():
             losses, _ = self.token_loss(model, last=last, **inputs)
         self._watch(losses)

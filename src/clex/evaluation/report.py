@@ -22,7 +22,9 @@ _TITLES = {
     "window": "first L tokens",
     "target": "same target tokens, L tokens of context",
 }
-_COLOURS = {"base": "#888888", "yarn": "#1f77b4"}
+# Training-free rivals are dashed; the cycle for the rest must not repeat their colours.
+_RIVALS = {"base": "#888888", "yarn": "#1f77b4"}
+_CYCLE = ("#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 
 
 def short_length(tokens: int) -> str:
@@ -70,10 +72,14 @@ def _draw(rows: Sequence[Row], path: Path, native_length: int) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     lengths = sorted({row.length for row in rows})
     # Broken models reach 10,000 and more; the picture is about the others.
-    best = [min(r.ppl for r in rows if r.length == n and r.protocol == "target") for n in lengths]
-    ceiling = 4 * max(best)
+    best = [
+        min(r.ppl for r in rows if r.length == n and r.protocol == p)
+        for n in lengths
+        for p in PROTOCOLS
+    ]
+    low, high = 0.95 * min(best), 1.8 * max(best)
     for axis, protocol in zip(axes, PROTOCOLS, strict=True):
-        _draw_protocol(axis, rows, protocol, ceiling)
+        _draw_protocol(axis, rows, protocol, high)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(lengths, [short_length(n) for n in lengths])
@@ -91,25 +97,28 @@ def _draw(rows: Sequence[Row], path: Path, native_length: int) -> None:
         axis.set_title(_TITLES[protocol])
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
-    low = min(row.ppl for row in rows if math.isfinite(row.ppl))
-    ticks = [low * 0.9 * (ceiling / (low * 0.9)) ** (k / 6) for k in range(7)]
-    axes[0].set_ylim(low * 0.9, ceiling)
-    axes[0].set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes[0].set_ylim(low, high)
+    step = max(1, round((high - low) / 8))
+    ticks = list(range(math.ceil(low), math.floor(high) + 1, step))
+    axes[0].set_yticks(ticks, [str(tick) for tick in ticks])
     axes[0].set_ylabel("perplexity (lower is better)")
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     figure.savefig(path, dpi=150, format="png")
     plt.close(figure)
 
 
 def _draw_protocol(axis: Axes, rows: Sequence[Row], protocol: str, ceiling: float) -> None:
     chosen = [row for row in rows if row.protocol == protocol]
-    for method in dict.fromkeys(row.method for row in chosen):
+    methods = list(dict.fromkeys(row.method for row in chosen))
+    learned = [method for method in methods if method not in _RIVALS]
+    for method in methods:
         points = sorted((r.length, min(r.ppl, 10 * ceiling)) for r in chosen if r.method == method)
+        rival = method in _RIVALS
         axis.plot(
             [length for length, _ in points],
             [ppl for _, ppl in points],
             marker="o",
             label=method,
-            color=_COLOURS.get(method),
-            linestyle="--" if method in _COLOURS else "-",
+            color=_RIVALS[method] if rival else _CYCLE[learned.index(method) % len(_CYCLE)],
+            linestyle="--" if rival else "-",
         )

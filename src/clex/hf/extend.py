@@ -15,6 +15,7 @@ from ..config import ClexConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..rope import RopeSpec
 from ..scaling import Scaling, get_scaling
+from .alibi import add_alibi, remove_alibi
 from .rotary import ALL_LAYERS, ScaledRope
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -53,6 +54,8 @@ def extend(model: ModelT, config: ClexConfig | None = None) -> ModelT:
     rope.to(next(model.parameters()).device)
     rope.train(model.training)
     _check_effect(model, rope, config)
+    if not scaling_type.rotates:
+        vars(rope)["plain_attention"] = add_alibi(model)
     setattr(parent, name, rope)
     return model
 
@@ -63,6 +66,8 @@ def restore(model: ModelT) -> ModelT:
         for name, child in list(module.named_children()):
             if isinstance(child, ScaledRope):
                 setattr(module, name, child.stock)
+                if "plain_attention" in vars(child):
+                    remove_alibi(model, child.plain_attention)
     return model
 
 
@@ -322,7 +327,9 @@ def _check_effect(model: nn.Module, rope: ScaledRope, config: ClexConfig) -> Non
     if scaling.exact_at_one and fresh and not same:
         raise UnsupportedModelError(f"{name} does not give its own table back at t = 1")
     off = one if scaling.exact_at_one else stock
-    if config.method != "none" and all(torch.equal(a, b) for a, b in zip(off, most, strict=True)):
+    if (config.method != "none" or config.post) and all(
+        torch.equal(a, b) for a, b in zip(off, most, strict=True)
+    ):
         raise UnsupportedModelError(
             f"{name} does not react to its frequencies; nothing would change"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from ..errors import ClexError, ConfigError, unknown
 from ..files import new_folder
@@ -111,6 +112,7 @@ def load_base(
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
     """
+    logging.disable_progress_bar()  # a bar for a second's work, on each of many loads
     with _loading("model", name):
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             resolve(name), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code

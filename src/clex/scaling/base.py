@@ -15,6 +15,7 @@ from ..config import ClexConfig
 from ..errors import ConfigError, unknown
 from ..rope import RopeSpec
 from ..temperature import make_temperature
+from .post import make_posts
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Scaling(nn.Module):
         Options: frozen dataclass of the method's own settings.
         default_temperature: rule that belongs to the method (`clex.temperature`).
         exact_at_one: whether t = 1 gives the model's own frequencies, bit for bit.
+        rotates: whether positions enter through the rotation; if not, all frequencies are 0.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,7 @@ class Scaling(nn.Module):
     Options: ClassVar[type] = NoOptions
     default_temperature: ClassVar[str] = "none"
     exact_at_one: ClassVar[bool] = True
+    rotates: ClassVar[bool] = True
 
     inv_freq_native: Tensor
 
@@ -54,6 +57,7 @@ class Scaling(nn.Module):
         self.temperature = make_temperature(
             config.temperature or self.default_temperature, spec.native_length
         )
+        self.posts = nn.ModuleList(make_posts(config.post, spec))
 
     def ratio(self, t: Tensor) -> Tensor:
         """f(t) / f(1) for scales `t` of shape (B,), all >= 1; float32, shape (B, F)."""
@@ -67,15 +71,19 @@ class Scaling(nn.Module):
         raise ConfigError(f"method {self.name!r} has no rate and cannot be the base of 'clex'")
 
     def inv_freq(self, t: Tensor) -> Tensor:
-        """Frequencies at scales `t` of shape (B,); float32, shape (B, F), differentiable."""
+        """Frequencies at scales `t` of shape (B,); float32, shape (B, F), differentiable.
+
+        The method's curve and, for t > 1, the post-operations on it.
+        """
         with torch.autocast(t.device.type, enabled=False):
             t = t.float()
             scaled = self.inv_freq_native * self.ratio(t)
-            if not self.exact_at_one:
-                return scaled
             # exp(log f) is off by up to 4e-7, which is 0.004 rad at position 131,072. `where` keeps
             # the graph, so that gradients at t = 1 are zeros and not missing.
-            return torch.where(t[:, None] > 1, scaled, self.inv_freq_native)
+            at_one = self.inv_freq_native if self.exact_at_one else scaled
+            for post in self.posts:
+                scaled = post(scaled)
+            return torch.where(t[:, None] > 1, scaled, at_one)
 
     def attention_factor(self, t: Tensor) -> Tensor:
         """Factor on cos and sin at scales `t`, float32, same shape as `t`."""

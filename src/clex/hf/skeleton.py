@@ -1,0 +1,72 @@
+"""A model without its weights: all that is needed to look at, or to extend, its rotary module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ..config import ClexConfig
+from ..errors import ConfigError
+from ..files import read_json
+from .checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    base_name,
+    is_checkpoint,
+    load_extension_state,
+    require_loadable,
+)
+from .extend import extend
+from .models import resolve
+
+
+def skeleton_of(config: PreTrainedConfig) -> nn.Module:
+    """The model that `config` describes: weights on the meta device, buffers real, on the CPU.
+
+    It can be extended and asked for its frequencies, in megabytes whatever its size; it cannot be
+    run.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    # `extend` puts the extension where the model's first parameter is, and a module's own
+    # parameters come before those of its parts.
+    model.register_parameter("place", nn.Parameter(torch.empty(0), requires_grad=False))
+    return model.eval()
+
+
+def load_skeleton(name: str | Path) -> nn.Module:
+    """The skeleton of a plain model, or of a result of ``clex extend`` with its extension.
+
+    Args:
+        name: what `clex.hf.models.load_base` or `clex.load` take; no weights are read, and of a
+            hub id only the config is downloaded.
+
+    Raises:
+        ConfigError: there is no such model.
+        CheckpointError: a file of the extension is missing or damaged.
+    """
+    if not is_checkpoint(name):
+        return skeleton_of(_read_config(name))
+    folder = Path(name)
+    about = read_json(folder / CONFIG_FILE)
+    full = isinstance(about, dict) and about.get("weights") == "full"
+    model = skeleton_of(_read_config(folder if full else base_name(folder)))
+    require_loadable(folder, model)
+    # An adapter has no part in the frequencies, so it is left out.
+    extend(model, ClexConfig.from_dict(about["clex"]))
+    load_extension_state(model, folder / WEIGHTS_FILE)
+    return model.eval()
+
+
+def _read_config(name: str | Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(resolve(name))
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"cannot read the config of {str(name)!r}: {lines[0]}") from error
