@@ -22,6 +22,9 @@ from .training import TrainConfig
 
 MODEL = "tiny-llama"
 SCALE = 8.0
+STEPS = 40
+# Windows of each of the four unseen books; fewer make the table jump.
+WINDOWS = 4
 
 
 def run_demo(out: str | Path, *, overwrite: bool = False, console: Console | None = None) -> None:
@@ -37,11 +40,11 @@ def run_demo(out: str | Path, *, overwrite: bool = False, console: Console | Non
     """
     console, out, books = console or Console(stderr=True), Path(out), assets_folder() / "books"
     clex = ClexConfig(max_scale=SCALE)
-    evaluation = EvalConfig(documents=4, windows=4)
+    evaluation = EvalConfig(documents=4, windows=WINDOWS)
     stages = {
-        "clex, dynamics": (TrainConfig(depth="dynamics", steps=40), None, evaluation),
+        "clex, dynamics": (TrainConfig(depth="dynamics", steps=STEPS), None, evaluation),
         "clex, full": (
-            TrainConfig(depth="full", steps=40, batch_size=8, rate=1e-4),
+            TrainConfig(depth="full", steps=STEPS, batch_size=8, rate=1e-4),
             out / "dynamics",
             replace(evaluation, rivals=()),
         ),

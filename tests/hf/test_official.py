@@ -21,6 +21,7 @@ import references
 import tiny
 from clex import cli
 from clex.errors import CheckpointError, OutputError
+from clex.hf import official
 from clex.hf.extend import config_of, require_extension
 from clex.hf.official import INDEX_FILE, import_official
 from references import Shape, assert_close
@@ -270,24 +271,23 @@ def test_long_ranges_get_more_steps(tmp_path: Path) -> None:
     assert_close(vectors(model, scales), expected, 1e-5)
 
 
-def strengthen(fake: Fake, up: float, down: float) -> None:
-    def edit(state: dict[str, Tensor]) -> None:
-        state[UP].mul_(up)
-        state[DOWN].mul_(down)
-
-    fake.up.mul_(up)
-    fake.down.mul_(down)
-    edit_weights(fake.folder, edit)
-
-
-def test_fields_that_float32_cannot_follow(tmp_path: Path) -> None:
-    """Taken with a warning that says how close, or refused where there is no telling."""
+def test_strong_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far stronger than any that was published; and what is said where float32 is not enough."""
     fake = make_fake(tmp_path / "official", max_factor=8)
-    strengthen(fake, 8, 40)
-    with pytest.warns(UserWarning, match="are exact to .*e-0[45] only"):
-        model = clex.load(import_official(fake.folder, tmp_path / "out"))
-    assert_close(vectors(model, [2, 8]), fake.expected([2, 8]), 1e-3)
-    strengthen(fake, 1, 1e4)
+
+    def strengthen(state: dict[str, Tensor]) -> None:
+        state[UP].mul_(8)
+        state[DOWN].mul_(40)
+
+    edit_weights(fake.folder, strengthen)
+    fake.up.mul_(8)
+    fake.down.mul_(40)
+    model = clex.load(import_official(fake.folder, tmp_path / "out"))
+    assert_close(vectors(model, [2, 8]), fake.expected([2, 8]), 1e-5)
+    monkeypatch.setattr(official, "_SAME", 0.0)
+    with pytest.warns(UserWarning, match=r"are exact to \de-0\d only"):
+        import_official(fake.folder, tmp_path / "warned")
+    monkeypatch.setattr(official, "_USELESS", 0.0)
     refused(fake, tmp_path, "cannot be solved in float32")
 
 

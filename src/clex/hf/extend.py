@@ -55,7 +55,7 @@ def extend(model: ModelT, config: ClexConfig | None = None) -> ModelT:
     rope.train(model.training)
     _check_effect(model, rope, config)
     if not scaling_type.rotates:
-        vars(rope)["plain_attention"] = add_alibi(model)
+        rope.plain_attention = add_alibi(model)
     setattr(parent, name, rope)
     return model
 
@@ -66,7 +66,7 @@ def restore(model: ModelT) -> ModelT:
         for name, child in list(module.named_children()):
             if isinstance(child, ScaledRope):
                 setattr(module, name, child.stock)
-                if "plain_attention" in vars(child):
+                if child.plain_attention is not None:
                     remove_alibi(model, child.plain_attention)
     return model
 

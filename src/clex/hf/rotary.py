@@ -32,6 +32,8 @@ class ScaledRope(nn.Module):
             ``None``: each row takes the scale of its largest position in the call.
         positions: table (B, T) float32 of sampled positions, indexed by `position_ids`; training
             only. It lives here because the host reads jumps in `position_ids` as document borders.
+        plain_attention: name of the attention that `restore` puts back, where the method brought
+            its own (ALiBi).
     """
 
     def __init__(self, stock: nn.Module, scalings: Mapping[str, Scaling]) -> None:
@@ -40,6 +42,7 @@ class ScaledRope(nn.Module):
         self.scalings = nn.ModuleDict(scalings)
         self.scale: float | Tensor | None = None
         self.positions: Tensor | None = None
+        self.plain_attention: str | None = None
         self._memo: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._takes_rows = self._try_rows()
 

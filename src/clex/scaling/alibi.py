@@ -14,9 +14,6 @@ class Alibi(Scaling):
     frequency vector; `clex.hf.alibi` puts it into the attention of the model. A RoPE model must be
     trained after the change: it is a baseline of length extrapolation, not of extension, and t = 1
     is not the model's own curve. t changes nothing, and sampled positions have no effect.
-
-    Attributes:
-        rotates: whether positions enter through the rotation; if not, through the attention.
     """
 
     source = "Press et al. 2022, arXiv 2108.12409"
