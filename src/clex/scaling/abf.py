@@ -25,7 +25,9 @@ class AbfOptions:
 
 @register_scaling("abf")
 class Abf(Scaling):
-    """f_i (b'/b)**(-2i/d) at every t, b being the model's own base and b' the new one.
+    """Adjusted base frequency: a larger rope_theta at every length, as in CodeLLaMA.
+
+    f_i (b'/b)**(-2i/d) at every t, b being the model's own base and b' the new one.
 
     A model is trained with the new base at all lengths and is used with it at all lengths, so t
     has no part in it and t = 1 is not the model's own curve: `exact_at_one` is false, and a model

@@ -8,7 +8,9 @@ from .base import Scaling, register_scaling
 
 @register_scaling("alibi")
 class Alibi(Scaling):
-    """All frequencies 0 at every t, so that cos = 1 and sin = 0: queries and keys are not rotated.
+    """ALiBi: no rotation, a penalty on the logits that grows with the distance.
+
+    All frequencies are 0 at every t, so that cos = 1 and sin = 0.
 
     This is half of the method. The other half, -m_h (q_pos - k_pos) on the logits of head h, is no
     frequency vector; `clex.hf.alibi` puts it into the attention of the model. A RoPE model must be

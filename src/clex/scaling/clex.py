@@ -13,7 +13,9 @@ from .base import Scaling, get_scaling, register_scaling
 
 @register_scaling("clex")
 class Clex(Scaling):
-    """log f(t) = log f(1) + base curve + residual, the residual being the learned ODE's solution.
+    """CLEX: a closed form, and a learned ODE over the length for what it leaves open.
+
+    log f(t) = log f(1) + base curve + residual, the residual being the ODE's solution.
 
     The base curve is exact and only the residual is integrated (r = 0 at t = 1), so an untrained
     field gives the base method bit for bit. Presets ``default`` and ``paper`` differ in the field

@@ -25,7 +25,9 @@ class DynamicNtkOptions:
 
 @register_scaling("dynamic_ntk")
 class DynamicNtk(Scaling):
-    """The base grows with the length: f_i * alpha**(-slope_i), alpha = s t - (s - 1).
+    """NTK-aware: the base grows with the length, the fastest dimension stays.
+
+    f_i * alpha**(-slope_i) with alpha = s t - (s - 1).
 
     The fastest frequency stays, the slowest is divided by alpha. With s = 2 this is the drift of
     the released CLEX, alpha = 2 t - 1.

@@ -8,7 +8,7 @@ from .base import Scaling, register_scaling
 
 @register_scaling("linear")
 class Linear(Scaling):
-    """PI: positions are squeezed into the trained window, f / t (Chen et al. 2023)."""
+    """PI: positions are squeezed into the trained window, f / t."""
 
     source = "Chen et al. 2023, arXiv 2306.15595; transformers 'linear'"
 

@@ -28,7 +28,9 @@ class Llama3Options:
 
 @register_scaling("llama3")
 class Llama3(Scaling):
-    """f_i (g_i + (1 - g_i) / t), g from 1 (fast) to 0 (slow), linear in the turns of a dimension.
+    """Llama 3.1: three bands, the fast stay, the slow are divided by t.
+
+    f_i (g_i + (1 - g_i) / t), g from 1 (fast) to 0 (slow), linear in the turns of a dimension.
 
     The published models fix the factor at 8; here it is t, so every length has its own.
     """

@@ -57,7 +57,9 @@ def _numbers(values: Any) -> list[float]:
 
 @register_scaling("longrope")
 class LongRope(Scaling):
-    """f_i / m_i(t) for given m_i; t = 1 keeps the model's own frequencies (no short factors).
+    """LongRoPE: a factor for every dimension, given or found by search.
+
+    f_i / m_i(t) for given m_i; t = 1 keeps the model's own frequencies (no short factors).
 
     Between known scales log m_i is linear in log t, starting from m_i = 1 at t = 1. Beyond the last
     one log m_i / log t stays what it is there: a dimension that is interpolated in full goes on so,

@@ -8,7 +8,7 @@ from .base import Scaling, register_scaling
 
 @register_scaling("none")
 class Plain(Scaling):
-    """No scaling (RoFormer, arXiv 2104.09864)."""
+    """Plain RoPE: no scaling."""
 
     source = "Su et al. 2021, arXiv 2104.09864"
 

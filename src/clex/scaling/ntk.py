@@ -25,7 +25,9 @@ class NtkOptions:
 
 @register_scaling("ntk")
 class Ntk(Scaling):
-    """f_i * alpha**(-slope_i) with the same alpha at every t > 1, the model's own f_i at t = 1.
+    """NTK-aware with a fixed factor: the same larger base at every length beyond the window.
+
+    f_i * alpha**(-slope_i) with the same alpha at every t > 1, the model's own f_i at t = 1.
 
     The same as a larger base, b * alpha**(d/(d-2)). The step at t = 1 has no rate, so this is no
     base curve for learned dynamics; `dynamic_ntk` is the form that follows the length.

@@ -33,7 +33,10 @@ class YarnOptions:
 
 @register_scaling("yarn")
 class Yarn(Scaling):
-    """NTK-by-parts: f_i ((1 - w_i) + w_i / t), ramp w from 0 (fast) to 1 (slow)."""
+    """YaRN: fast dimensions stay, slow ones are divided by t, a ramp joins them.
+
+    f_i ((1 - w_i) + w_i / t) with w from 0 (fast) to 1 (slow).
+    """
 
     source = "Peng et al. 2023, arXiv 2309.00071; transformers 'yarn'"
     Options = YarnOptions
