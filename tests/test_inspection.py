@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import clex
 import tiny
 from clex import cli
-from clex.catalogue import method_rows
+from clex.catalogue import method_rows, methods_table
 from clex.errors import ConfigError, UnsupportedModelError
 from clex.hf.extend import scaling_options
 from clex.hf.skeleton import load_skeleton
@@ -78,7 +80,14 @@ def test_methods_as_json_and_as_table(call: Cli) -> None:
     assert code == 0
     for name in scaling_methods():
         assert f" {name} " in said, name
-    assert "(b'/b)**(-2i/d)" in said, "brackets are text, not markup"
+
+
+def test_brackets_in_the_table_are_text() -> None:
+    """A docstring such as "f[i]" must not be read as markup."""
+    row = dataclasses.replace(method_rows()[0], what="scales [bold]f[i][/bold]")
+    console = Console(width=200, record=True)
+    console.print(methods_table([row]))
+    assert "[bold]f[i][/bold]" in console.export_text()
 
 
 # Models.

@@ -258,6 +258,14 @@ def test_start(finished: Path, inputs: Inputs, call: Cli, tmp_path: Path) -> Non
     assert torch.equal(started, clex.frequencies(clex.load(finished), 4))
 
 
+def test_trained_method_beside_itself(inputs: Inputs, call: Cli, tmp_path: Path) -> None:
+    """A closed form trained in full and the same without training are two rows."""
+    changes = {"method": "yarn", "train": "full", "set": None, "rivals": "yarn"}
+    code, said = call(*extend_arguments(inputs, tmp_path / "out", **changes))
+    assert code == 0, said
+    assert {row["method"] for row in read_rows(tmp_path / "out")} == {"yarn", "yarn, trained"}
+
+
 def test_same_seed_same_result(inputs: Inputs, finished: Path, call: Cli, tmp_path: Path) -> None:
     """Whatever the program drew before: the seed is of everything that is drawn."""
     torch.manual_seed(1234)
@@ -368,6 +376,10 @@ ERRORS: dict[str, tuple[Callable[[Inputs, Path], dict[str, object]], str]] = {
     "unknown rival": (given(rivals="base,yarm"), "did you mean 'yarn'"),
     "unknown setting": (given(set="widht=1"), "did you mean 'width'"),
     "unknown sampler": (given(positions="chunk"), "did you mean 'chunks'"),
+    "nothing to train": (
+        given(method="yarn", set=None),
+        "method 'yarn' has nothing to train at depth 'dynamics'",
+    ),
     "empty data": (empty_data, "no text in"),
     "no data": (given(data="nowhere.txt"), "no such file or folder"),
     "no field": (given(field="body"), "line 1: no text in field 'body'"),

@@ -36,7 +36,7 @@ from .hf.checkpoint import base_name, is_checkpoint, load, load_config, require_
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .start import choose_base
-from .training import TrainConfig, check_plan, train
+from .training import TrainConfig, check_plan, learned_parameters, train
 from .version import __version__
 
 RUN_FILE = "run.json"
@@ -155,7 +155,8 @@ def run_extend(
         console: where progress and tables go.
 
     Returns:
-        Rows for the base model, training-free YaRN, and the extended model.
+        Rows for the rivals (the plain model and training-free YaRN by default) and for the
+        extended model.
 
     Raises:
         ClexError: one line that says what is wrong with the input or the output folder.
@@ -200,6 +201,8 @@ def run_extend(
         clex = before
     with as_method(plain, clex) as probe:
         resolved = config_of(probe)
+        if training.depth == "dynamics" and not learned_parameters(probe):
+            raise ConfigError(f"method {clex.method!r} has nothing to train at depth 'dynamics'")
     native = resolved.native_length
     assert native is not None
     check_plan(resolved, training, tokens)
@@ -243,7 +246,9 @@ def run_extend(
             console=console,
         )
         with autocast(place, training.precision):
-            rows += evaluate_extended(model, held_out, plan, console=console)
+            # A trained method beside its training-free self needs a name of its own.
+            name = f"{clex.method}, trained" if clex.method in evaluation.rivals else clex.method
+            rows += evaluate_extended(model, held_out, plan, name, console)
         write_report(rows, out, native)
     _say_result(console, rows, out)
     return rows

@@ -409,7 +409,7 @@ class ExtensionTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the extension's own rate and without decay on it."""
         if self.optimizer is None:
-            ours = {id(p) for p in _extension_parameters(self.extended)}
+            ours = {id(p) for p in learned_parameters(self.extended)}
             rest = [p for p in self.extended.parameters() if p.requires_grad and id(p) not in ours]
             groups: list[dict[str, Any]] = [
                 {
@@ -423,7 +423,7 @@ class ExtensionTrainer(Trainer):
                     "weight_decay": 0.0,
                 },
                 {
-                    "params": [p for p in _extension_parameters(self.extended) if p.requires_grad],
+                    "params": [p for p in learned_parameters(self.extended) if p.requires_grad],
                     "lr": self.config.dynamics_rate,
                     "weight_decay": 0.0,
                 },
@@ -435,10 +435,10 @@ class ExtensionTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip weights and extension each on its own: a jumpy field must not slow the weights."""
-        ours = {id(p) for p in _extension_parameters(self.extended)}
+        ours = {id(p) for p in learned_parameters(self.extended)}
         rest = [p for p in model.parameters() if id(p) not in ours and p.requires_grad]
         norm = self.accelerator.clip_grad_norm_(
-            _extension_parameters(self.extended), self.args.max_grad_norm
+            learned_parameters(self.extended), self.args.max_grad_norm
         )
         return self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm) if rest else norm
 
@@ -467,7 +467,8 @@ class ExtensionTrainer(Trainer):
         load_extension_state(self.extended, Path(resume_from_checkpoint) / WEIGHTS_FILE)
 
 
-def _extension_parameters(model: nn.Module) -> list[nn.Parameter]:
+def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of an extension, each once; none for a closed form."""
     ropes = [m for m in model.modules() if isinstance(m, ScaledRope)]
     return list({id(p): p for rope in ropes for p in rope.scalings.parameters()}.values())
 
