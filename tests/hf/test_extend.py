@@ -174,6 +174,22 @@ def test_positions_with_one_scale_for_all_rows(extended: Any) -> None:
         assert shift(tiny.logits(extended, ids), by_row) < BATCHING
 
 
+def test_positions_under_left_padding(extended: Any) -> None:
+    """A padded row stands where the same row stands alone: the table follows position_ids."""
+    ids, t = tiny.make_ids(1, 40), torch.tensor([4.0])
+    table = sample_positions("chunks", 40, t, torch.tensor([7]), tiny.NATIVE)
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.int64), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 9, dtype=torch.int64), torch.ones_like(ids)], dim=1)
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    with clex.at_scale(extended, t, table):
+        alone = tiny.logits(extended, ids)
+        inside = tiny.logits(extended, padded, attention_mask=mask, position_ids=counted)
+    with clex.at_scale(extended, t):
+        plain = tiny.logits(extended, padded, attention_mask=mask, position_ids=counted)
+    assert shift(inside[:, 9:], alone) < BATCHING
+    assert shift(plain[:, 9:], alone) > 0.01  # without the table the row stands elsewhere
+
+
 def test_positions_end_with_the_block(extended: Any) -> None:
     ids = tiny.make_ids(1, 40)
     before = tiny.logits(extended, ids)
