@@ -19,6 +19,7 @@ PICTURE = (
     ("scaling",),
     ("catalogue",),
     ("hf.rotary", "hf.alibi"),
+    ("hf.discovery",),
     ("hf.extend",),
     ("hf.models",),
     ("hf.checkpoint",),
@@ -36,6 +37,8 @@ PICTURE = (
     ("search",),
     ("run",),
     ("demo", "demo.*"),
+    ("cli.app",),
+    ("cli.*",),
     ("cli",),
     ("__main__", ""),
 )

@@ -13,7 +13,8 @@ from torch import Tensor
 import clex
 import tiny
 from clex.errors import ConfigError, UnsupportedModelError
-from clex.hf.extend import CHECKED_FAMILIES, extension_of, require_extension, scale_for
+from clex.hf.discovery import CHECKED_FAMILIES
+from clex.hf.extend import extension_of, require_extension, scale_for
 from clex.positions import sample_positions
 
 # Cached decoding does the same sums in another order; float32 logits here are of size 1.

@@ -1,0 +1,187 @@
+"""`clex extend` and `clex demo`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .app import Device, Field, Lengths, Model, Rivals, app, lengths_of, names, settings_of
+
+
+class Depth(StrEnum):
+    """How much of the model is trained."""
+
+    dynamics = "dynamics"
+    lora = "lora"
+    full = "full"
+
+
+class Preset(StrEnum):
+    """Which formulation is used."""
+
+    default = "default"
+    paper = "paper"
+
+
+@app.command()
+def extend(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help=".txt, .md, .jsonl(.gz), .parquet, a folder, or a datasets id.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the result.")],
+    train: Annotated[
+        Depth, typer.Option(help="dynamics: weights frozen; lora; full: all weights.")
+    ] = Depth.dynamics,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Held-out text; a tenth of --data if not given.")
+    ] = None,
+    max_scale: Annotated[float, typer.Option(help="Longest text over the native window.")] = 8.0,
+    method: Annotated[str, typer.Option(help="Scaling method, see clex methods.")] = "clex",
+    preset: Annotated[Preset, typer.Option(help="Formulation.")] = Preset.default,
+    base: Annotated[
+        str, typer.Option(help="Closed form to start from; auto tries which one is best.")
+    ] = "auto",
+    native_length: Annotated[
+        int | None, typer.Option(help="Window of the model, if its config does not say it.")
+    ] = None,
+    train_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window (lora, full); native window if not given."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass.")] = None,
+    accumulation: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
+    rate: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
+    dynamics_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the dynamics.")
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(help="contiguous, random, uniform, chunks, or a mix: chunks:0.7,random:0.3."),
+    ] = None,
+    temperature: Annotated[str | None, typer.Option(help="none, log_n, yarn or learned.")] = None,
+    post: Annotated[
+        list[str] | None, typer.Option(help="clip, resonance or p_rope, on top of the method.")
+    ] = None,
+    curriculum: Annotated[
+        float, typer.Option(help="Share of the training over which the largest scale grows.")
+    ] = 0.0,
+    native_share: Annotated[
+        float | None, typer.Option(help="Share of training windows left as they are.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="Extended model to go on from (its dynamics).")
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    checkpointing: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    report_to: Annotated[
+        str | None, typer.Option(help="Trainer integrations, such as tensorboard,wandb.")
+    ] = None,
+    eval_lengths: Lengths = None,
+    rivals: Rivals = "base,yarn",
+    eval_documents: Annotated[int | None, typer.Option(help="Most held-out documents.")] = None,
+    eval_windows: Annotated[int, typer.Option(help="Most windows of a document.")] = 1,
+    field: Field = "text",
+    device: Device = "auto",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting of ClexConfig, as name=value."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Insist on going on with the run in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what is in --out and start anew.")
+    ] = False,
+) -> None:
+    """Extend a model's context window, train it, and measure it before and after.
+
+    The same command continues an interrupted run.
+    """
+    from ..config import ClexConfig
+    from ..run import RUN_FILE, EvalConfig, run_extend
+    from ..training import TrainConfig
+
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other")
+    if resume and not (out / RUN_FILE).is_file():
+        raise ConfigError(f"--resume: there is no run in {out}")
+    auto = base == "auto" or method != "clex"
+    given = {
+        "base": None if auto else base,
+        "positions": positions,
+        "temperature": temperature,
+        "post": post or None,
+        **settings_of(set_ or []),
+    }
+    clex = ClexConfig.from_dict(
+        {
+            "preset": preset.value,
+            "method": method,
+            "max_scale": max_scale,
+            "native_length": native_length,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+    )
+    chosen: dict[str, Any] = {
+        "train_length": train_length,
+        "steps": steps,
+        "rate": rate,
+        "dynamics_rate": dynamics_rate,
+        "batch_size": batch_size,
+        "native_share": native_share,
+    }
+    training = TrainConfig(
+        **{name: value for name, value in chosen.items() if value is not None},
+        depth=train.value,
+        curriculum=curriculum,
+        accumulation=accumulation,
+        lora_rank=lora_rank,
+        seed=seed,
+        save_every=save_every,
+        precision=precision,
+        checkpointing=checkpointing,
+        compile=compile,
+        report_to=names(report_to or ""),
+    )
+    run_extend(
+        model,
+        data,
+        out,
+        clex=clex,
+        training=training,
+        evaluation=EvalConfig(
+            lengths=lengths_of(eval_lengths),
+            documents=eval_documents,
+            windows=eval_windows,
+            rivals=names(rivals),
+        ),
+        eval_data=eval_data,
+        choose_start=base == "auto" and preset is Preset.default,
+        field=field,
+        start=start,
+        overwrite=overwrite,
+        device=device,
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what is in --out and start anew.")
+    ] = False,
+) -> None:
+    """Extend the bundled tiny-llama from 256 to 2,048 tokens: minutes on two CPU cores."""
+    from ..demo import run_demo
+
+    run_demo(out, overwrite=overwrite)
