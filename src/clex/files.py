@@ -45,6 +45,7 @@ def new_file(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             _flush(temporary)
+            temporary.chmod(0o644)  # mkstemp makes files that only their owner reads
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -73,7 +74,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, whole or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o644)
 
 
 def read_json(path: Path) -> Any:
