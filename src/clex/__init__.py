@@ -2,8 +2,7 @@
 
     model = clex.extend(model, clex.ClexConfig(max_scale=8))
     ...  # train, or: model = clex.load("folder")
-    with clex.at_scale(model, 8):
-        model.generate(...)
+    model.generate(...)
 
 Names are loaded when they are first used, so that ``import clex`` costs nothing.
 """

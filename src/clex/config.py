@@ -17,6 +17,7 @@ SOLVERS = ("rk4", "dopri5")
 # Limits that keep a config file from asking for unbounded memory or time.
 _LIMITS = {
     "max_scale": (1.0, 4096.0),
+    "fixed_scale": (1.0, 4096.0),
     "native_length": (2, 2**27),
     "width": (0.01, 16.0),
     "bound": (0.0, 8.0),
@@ -81,6 +82,7 @@ class ClexConfig:
         preset: ``"default"`` (our formulation) or ``"paper"`` (CLEX as its authors released it).
         method: name of a registered scaling method; ``"clex"`` is the learned one.
         max_scale: largest length scale t. The longest text is ``max_scale * native_length`` tokens.
+        fixed_scale: one t for every text, whatever its length; for a model that is to be static.
         native_length: tokens that the model was trained to read, the unit of t; read from the
             model where it is not given.
         layer_types: layer types to extend in models with one rotary per type; all types with
@@ -111,6 +113,7 @@ class ClexConfig:
     preset: str = "default"
     method: str = "clex"
     max_scale: float = 16.0
+    fixed_scale: float | None = None
     native_length: int | None = None
     layer_types: tuple[str, ...] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -155,6 +158,10 @@ class ClexConfig:
                 raise ConfigError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
+        if self.fixed_scale is not None and self.fixed_scale > self.max_scale:
+            raise ConfigError(
+                f"fixed_scale {self.fixed_scale:g} is above max_scale {self.max_scale:g}"
+            )
         for name in ("native_length", "steps"):
             value = getattr(self, name)
             if value is not None and int(value) != value:

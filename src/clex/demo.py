@@ -12,10 +12,10 @@ from torch import nn
 
 from .config import ClexConfig
 from .data import read_documents
-from .evaluation.perplexity import PROTOCOLS, Row
-from .evaluation.report import table, write_report
+from .evaluation.perplexity import Row
+from .evaluation.report import tables, write_report
 from .hf.checkpoint import load
-from .hf.extend import at_scale, config_of, scale_for
+from .hf.extend import config_of
 from .hf.models import assets_folder, load_base, load_tokenizer
 from .run import EvalConfig, run_extend
 from .training import TrainConfig
@@ -71,8 +71,8 @@ def run_demo(out: str | Path, *, overwrite: bool = False, console: Console | Non
     assert native is not None
     write_report(rows, out, native)
     console.rule("result")
-    for protocol in PROTOCOLS:
-        console.print(table(rows, protocol))
+    for part in tables(rows, native):
+        console.print(part)
     _show_sample(out, books / "test.jsonl.gz", console)
     console.print(f"picture: [bold]{out / 'perplexity.png'}[/bold]")
 
@@ -84,8 +84,7 @@ def _show_sample(out: Path, book: Path, console: Console) -> None:
     prompt = ids[:, 6000:7900]
     plain = _continue(load_base(MODEL), prompt)
     model = load(out / "full")
-    with at_scale(model, scale_for(model, prompt.shape[1] + 60)):
-        extended = _continue(model, prompt)
+    extended = _continue(model, prompt)
     console.print(Panel("..." + tokenizer.decode(prompt[0, -60:]), title="1,900 tokens of a book"))
     console.print(Panel(tokenizer.decode(plain), title="the plain model goes on"))
     console.print(Panel(tokenizer.decode(extended), title="the extended model goes on"))

@@ -91,6 +91,7 @@ class ReleasedField(Field):
     """
 
     log_inv_freq: Tensor
+    rotates: Tensor
     ntk_log: Tensor
     ntk_slope: Tensor
 
@@ -100,6 +101,8 @@ class ReleasedField(Field):
         if d < 4:
             raise ConfigError(f"the released field needs a rotary dimension of 4 or more, not {d}")
         self.register_buffer("log_inv_freq", spec.log_inv_freq().float(), persistent=False)
+        # The network mixes dimensions, and those that do not rotate must not reach the others.
+        self.register_buffer("rotates", spec.rotates().float(), persistent=False)
         i2 = torch.arange(0, d, 2, dtype=torch.float64)
         self.register_buffer("ntk_log", (-i2 / d * math.log(10_000)).float(), persistent=False)
         self.register_buffer("ntk_slope", (i2 / (d - 2)).float(), persistent=False)
@@ -115,7 +118,8 @@ class ReleasedField(Field):
 
     def forward(self, t: Tensor, z: Tensor, base_rate: Tensor) -> Tensor:
         ell = self.ntk_log - self.ntk_slope * (2 * t - 1).log()[:, None]
-        return self.down(self.activation(self.up(self.log_inv_freq + z + ell)))
+        log_freq = (self.log_inv_freq + z + ell) * self.rotates
+        return self.down(self.activation(self.up(log_freq)))
 
 
 FIELDS: dict[str, type[Field]] = {"modulated": ModulatedField, "released": ReleasedField}

@@ -4,42 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import platform
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-import transformers
 from rich.console import Console
 from torch import nn
 
 from .config import ClexConfig
 from .data import load_tokens, split_documents
-from .errors import CheckpointError, ConfigError, OutputError
+from .errors import ConfigError
+from .evaluation.longppl import KEYS_FILE, key_tokens_of
 from .evaluation.perplexity import (
-    PROTOCOLS,
     PerplexityPlan,
     Row,
     as_method,
-    cut_windows,
     evaluate_extended,
     evaluate_methods,
+    select_documents,
 )
-from .evaluation.report import table, write_report
-from .files import output_errors, read_json, write_json
+from .evaluation.report import tables, write_report
+from .evaluation.scores import DOCUMENTS_FILE, Difference, ScoreLog, differences
+from .evaluation.token_bytes import token_bytes
+from .files import read_json, write_json
 from .hf.checkpoint import base_name, is_checkpoint, load, load_config, require_loadable
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
+from .run_folder import RUN_FILE, claimed, holds_run, versions
 from .start import choose_base
 from .training import TrainConfig, check_plan, learned_parameters, train
-from .version import __version__
 
-RUN_FILE = "run.json"
+__all__ = [
+    "RUN_FILE",
+    "EvalConfig",
+    "autocast",
+    "choose_device",
+    "run_extend",
+    "run_perplexity",
+    "training_free",
+    "versions",
+]
+
 _BASELINE_FILE = "baseline.json"
 # Multiplications and additions that two CPU cores do in about three minutes.
 _CPU_BUDGET = 1e13
@@ -50,19 +60,33 @@ class EvalConfig:
     """How a model is measured before and after training.
 
     Args:
-        lengths: tokens; L, 2L, 4L ... up to the longest the extension allows if not given.
+        lengths: tokens; L/4, L/2, L, 2L, 4L ... up to the longest the extension allows if not
+            given.
         documents: most held-out documents; 10 if not given.
         windows: most windows of each document.
         rivals: training-free methods measured beside; ``base`` is the model as it is.
+        protocols: see `clex.evaluation.perplexity`.
+        sliding: windows of protocol ``sliding``; L and the longest length if not given.
+        stride: tokens by which they move.
+        sliding_tokens: most tokens of a document for them; all if not given.
+        evaluator: model that finds the key tokens of protocol ``longppl``; the extended model
+            itself, or a plain one under YaRN, if not given.
+        truncation: tokens of its short context; L/2 if not given.
     """
 
     lengths: tuple[int, ...] | None = None
     documents: int | None = None
     windows: int = 1
     rivals: tuple[str, ...] = ("base", "yarn")
+    protocols: tuple[str, ...] = ("window", "target", "position")
+    sliding: tuple[int, ...] | None = None
+    stride: int = 256
+    sliding_tokens: int | None = None
+    evaluator: str | None = None
+    truncation: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("documents", "windows"):
+        for name in ("documents", "windows", "sliding_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"evaluation {name} must be at least 1, not {value}")
@@ -75,19 +99,26 @@ class EvalConfig:
             self.lengths,
             documents=self.documents or 10,
             windows=self.windows,
+            protocols=self.protocols,
+            sliding=self.sliding,
+            stride=self.stride,
+            sliding_tokens=self.sliding_tokens,
+            truncation=self.truncation,
         )
         if next(model.parameters()).device.type == "cpu":
-            plan = self._affordable(model, plan)
+            plan = self._affordable(model, plan, native_length)
         return plan
 
-    def _affordable(self, model: nn.Module, plan: PerplexityPlan) -> PerplexityPlan:
+    def _affordable(
+        self, model: nn.Module, plan: PerplexityPlan, native_length: int
+    ) -> PerplexityPlan:
         """Drop lengths, then documents, that nobody asked for and a CPU would take hours for."""
         weights = sum(p.numel() for p in model.parameters())
         texts = (len(self.rivals) + 1) * self.windows
         lengths, documents = list(plan.lengths), plan.documents or 10
         # Each window is read from its start and from its end, but once at the full length.
         while texts * documents * 2 * weights * (2 * sum(lengths) - lengths[-1]) > _CPU_BUDGET:
-            if self.lengths is None and len(lengths) > 1:
+            if self.lengths is None and lengths[-1] > native_length:
                 lengths.pop()
             elif self.documents is None and documents > 1:
                 documents -= 1
@@ -175,10 +206,13 @@ def run_extend(
         "evaluation": dataclasses.asdict(evaluation),
     }
     place = choose_device(device)
-    if _is_finished(out, settings, overwrite):
+    if "longppl" in evaluation.protocols:
+        raise ConfigError("LongPPL needs an evaluator; measure it with clex eval ppl")
+    begun = holds_run(out, settings, overwrite, "clex extend")
+    if begun and (out / "results.json").is_file() and is_checkpoint(out):
         rows = [Row(**row) for row in read_json(out / "results.json")]
         console.print(f"{out} holds this run, finished; --overwrite starts it anew")
-        _say_result(console, rows, out)
+        _say_result(console, rows, out, load_config(out).native_length)
         return rows
     console.print(f"loading [bold]{model_name}[/bold]")
     frozen = training.depth != "full" and place.type == "cuda" and training.precision != "fp32"
@@ -207,8 +241,8 @@ def run_extend(
     assert native is not None
     check_plan(resolved, training, tokens)
     plan = evaluation.plan(plain, native, resolved.max_scale)
-    cut_windows(held_out, plan)
-    free = _training_free(evaluation.rivals, resolved)
+    select_documents(held_out, plan)
+    free = training_free(evaluation.rivals, resolved)
     for config in free.values():
         with as_method(plain, config):
             pass
@@ -219,14 +253,18 @@ def run_extend(
         )
     _say_lengths(console, list(tokens["length"]), native, resolved.max_scale)
 
-    with _claimed(out, settings, overwrite):
+    sizes = token_bytes(tokenizer)
+    with claimed(out, settings, overwrite):
+        log = ScoreLog(out / DOCUMENTS_FILE)
         baseline_file = out / _BASELINE_FILE
         if baseline_file.is_file():
             baseline = read_json(baseline_file)
             rows, base = [Row(**row) for row in baseline["rows"]], baseline["base"]
         else:
             with autocast(place, training.precision):
-                rows = evaluate_methods(plain, held_out, plan, free, console)
+                rows = evaluate_methods(
+                    plain, held_out, plan, free, console, token_bytes=sizes, log=log
+                )
                 base = None
                 true_lengths = training.depth == "dynamics" and training.train_length is None
                 if choose_start and true_lengths and start is None and clex.method == "clex":
@@ -248,15 +286,24 @@ def run_extend(
         with autocast(place, training.precision):
             # A trained method beside its training-free self needs a name of its own.
             name = f"{clex.method}, trained" if clex.method in evaluation.rivals else clex.method
-            rows += evaluate_extended(model, held_out, plan, name, console)
-        write_report(rows, out, native)
-    _say_result(console, rows, out)
+            rows += evaluate_extended(
+                model, held_out, plan, name, console, token_bytes=sizes, log=log
+            )
+        pairs = differences(log.scores)
+        write_report(rows, out, native, pairs)
+    _say_result(console, rows, out, native, pairs)
     return rows
 
 
-def _say_result(console: Console, rows: list[Row], out: Path) -> None:
-    for protocol in PROTOCOLS:
-        console.print(table(rows, protocol))
+def _say_result(
+    console: Console,
+    rows: list[Row],
+    out: Path,
+    native: int | None,
+    pairs: Sequence[Difference] = (),
+) -> None:
+    for part in tables(rows, native, pairs):
+        console.print(part)
     console.print(f"in [bold]{out}[/bold]: results.json, results.csv, perplexity.png")
 
 
@@ -270,7 +317,7 @@ def _say_lengths(console: Console, lengths: list[int], native: int, max_scale: f
     console.print(f"{len(lengths)} training documents, by length in tokens: {'; '.join(parts)}")
 
 
-def _training_free(names: tuple[str, ...], config: ClexConfig) -> dict[str, ClexConfig | None]:
+def training_free(names: tuple[str, ...], config: ClexConfig) -> dict[str, ClexConfig | None]:
     """Closed-form rivals of an extension: same native length and range, t not rounded."""
     return {
         name: None
@@ -286,84 +333,6 @@ def _training_free(names: tuple[str, ...], config: ClexConfig) -> dict[str, Clex
     }
 
 
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    return {
-        "clex": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def _is_finished(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `out` holds this very run, finished; refuses a folder that holds anything else."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise OutputError(f"{out} is a file, not a folder")
-    content = [p.name for p in out.iterdir() if p.name != ".lock"]
-    if not content:
-        return False
-    if RUN_FILE not in content:
-        raise OutputError(f"{out} is not empty and was not written by clex extend; choose another")
-    if overwrite:
-        return False
-    try:
-        before = read_json(out / RUN_FILE)["settings"]
-    except (CheckpointError, KeyError, TypeError):
-        raise OutputError(f"{out / RUN_FILE} is damaged; pass --overwrite to start anew") from None
-    changed = _differences(before, _plain(settings))
-    if changed:
-        raise OutputError(
-            f"{out} holds a run with other settings ({', '.join(changed)});"
-            " pass --overwrite to start anew"
-        )
-    return (out / "results.json").is_file() and is_checkpoint(out)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [
-            name
-            for key in keys
-            for name in _differences(before.get(key), now.get(key), f"{prefix}{key}.")
-        ]
-    return [] if before == now else [prefix.rstrip(".")]
-
-
-@contextmanager
-def _claimed(out: Path, settings: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
-    """Hold the output folder for this process, and record what the run is."""
-    with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"another process is writing to {out}") from None
-        if overwrite:
-            for entry in out.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != ".lock":
-                    entry.unlink()
-        write_json(out / RUN_FILE, {"settings": _plain(settings), "versions": versions()})
-        yield
-        (out / ".lock").unlink(missing_ok=True)
-
-
 def run_perplexity(
     model_name: str,
     data: str | Path,
@@ -372,25 +341,30 @@ def run_perplexity(
     max_scale: float,
     evaluation: EvalConfig,
     field: str = "text",
+    overwrite: bool = False,
     device: str = "auto",
     console: Console | None = None,
 ) -> list[Row]:
     """Perplexity by length of a plain model, or of a result of `run_extend`, with rivals.
+
+    A measurement that was interrupted goes on, after the last document that was read, when it is
+    started again with the same settings.
 
     Args:
         model_name: a plain model, or a folder that `clex.load` reads.
         data: held-out text.
         out: folder for the results.
         max_scale: longest scale of a plain model; an extended one brings its own.
-        evaluation: lengths, amount of text, and rivals.
+        evaluation: protocols, lengths, amount of text, and rivals.
         field: column or key of the text.
+        overwrite: delete what an earlier measurement left in `out`.
         device: ``auto``, ``cpu``, ``cuda`` ...
         console: where progress and tables go.
 
     Raises:
         ClexError: one line that says what is wrong.
     """
-    console, place = console or Console(stderr=True), choose_device(device)
+    console, place, out = console or Console(stderr=True), choose_device(device), Path(out)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     extended = load(model_name, dtype=dtype, device=place) if is_checkpoint(model_name) else None
     source = model_name if extended is None else base_name(model_name)
@@ -400,14 +374,91 @@ def run_perplexity(
     native = config.native_length
     assert native is not None
     plan = evaluation.plan(plain, native, config.max_scale)
-    tokens = load_tokens(data, load_tokenizer(source), field)
-    cut_windows(tokens, plan)
-    free = _training_free(evaluation.rivals, config)
-    rows = evaluate_methods(plain, tokens, plan, free, console)
-    if extended is not None:
-        rows += evaluate_extended(extended, tokens, plan, console=console)
-    if not rows:
+    tokenizer = load_tokenizer(source)
+    tokens = load_tokens(data, tokenizer, field)
+    chosen = select_documents(tokens, plan)
+    free = training_free(evaluation.rivals, config)
+    if not free and extended is None:
         raise ConfigError("nothing to measure: give --rivals")
-    write_report(rows, Path(out), native)
-    _say_result(console, rows, Path(out))
+    for form in free.values():
+        with as_method(plain, form):
+            pass
+    settings = {
+        "model": model_name,
+        "data": str(data),
+        "field": field,
+        "clex": config.to_dict(),
+        "evaluation": dataclasses.asdict(evaluation),
+        # Another model or text under the same name must not be mixed with what was measured.
+        "weights": _weights_digest(plain if extended is None else extended),
+        "text": _text_digest(tokens, chosen),
+    }
+    holds_run(out, settings, overwrite, "clex eval ppl")
+    sizes = token_bytes(tokenizer)
+    with claimed(out, settings, overwrite):
+        log = ScoreLog(out / DOCUMENTS_FILE)
+        keys = None
+        if "longppl" in plan.protocols:
+            with long_context_evaluator(
+                evaluation.evaluator, extended, plain, config, tokenizer
+            ) as judge:
+                keys = key_tokens_of(judge, tokens, plan, out / KEYS_FILE, console)
+        rows = evaluate_methods(
+            plain, tokens, plan, free, console, token_bytes=sizes, key_tokens=keys, log=log
+        )
+        if extended is not None:
+            rows += evaluate_extended(
+                extended, tokens, plan, None, console, token_bytes=sizes, key_tokens=keys, log=log
+            )
+        pairs = differences(log.scores)
+        write_report(rows, out, native, pairs)
+    _say_result(console, rows, out, native, pairs)
     return rows
+
+
+@contextlib.contextmanager
+def long_context_evaluator(
+    name: str | None,
+    extended: nn.Module | None,
+    plain: nn.Module,
+    config: ClexConfig,
+    tokenizer: Any,
+) -> Iterator[nn.Module]:
+    """The model that finds the key tokens of LongPPL.
+
+    Raises:
+        ConfigError: it has another vocabulary than the judged models.
+    """
+    if name is None and extended is not None:
+        yield extended
+        return
+    if name is not None:
+        checkpoint = is_checkpoint(name)
+        source = base_name(name) if checkpoint else name
+        if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(f"evaluator {name!r} has another vocabulary than the judged model")
+        dtype, device = next(plain.parameters()).dtype, next(plain.parameters()).device
+        if checkpoint:
+            yield load(name, dtype=dtype, device=device)
+            return
+        plain = load_base(name, dtype=dtype, device=device)
+    # A plain model cannot read past its window; inside it, YaRN changes nothing.
+    with as_method(plain, ClexConfig(method="yarn", max_scale=config.max_scale)) as judge:
+        yield judge
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        # Reading all weights would take as long as a document; any training moves these.
+        some = parameter.detach().flatten()[:64].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _text_digest(tokens: datasets.Dataset, documents: Sequence[int]) -> str:
+    digest = hashlib.sha256()
+    for number in documents:
+        row = tokens[number]
+        digest.update(repr((number, row["length"], row["input_ids"][:1024])).encode())
+    return digest.hexdigest()

@@ -13,7 +13,6 @@ from torch import Tensor
 import clex
 import tiny
 from clex.errors import ConfigError, UnsupportedModelError
-from clex.hf.discovery import CHECKED_FAMILIES
 from clex.hf.extend import extension_of, require_extension, scale_for
 from clex.positions import sample_positions
 
@@ -25,10 +24,6 @@ BATCHING = 1e-5
 
 def shift(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
-
-
-def test_families_are_the_checked_ones() -> None:
-    assert sorted(tiny.FAMILIES) == sorted(CHECKED_FAMILIES)
 
 
 # What t does to the logits.
@@ -233,9 +228,9 @@ def test_cached_decoding_is_one_forward(extended: Any) -> None:
     with clex.at_scale(extended, 2.0):
         whole = tiny.logits(extended, ids)
     assert shift(decode(2.0), whole) < DECODING
-    # Keys are cached after rotation: a scale that changes underneath leaves stale ones.
-    with clex.at_scale(extended, 4.0):
-        assert shift(decode(4.0)[:, 70:], tiny.logits(extended, ids)[:, 70:]) > 0.1
+    # Keys are cached after rotation: a scale that changes underneath would leave stale ones.
+    with pytest.raises(ConfigError, match="t = 2 and now t = 4"):
+        decode(4.0)
 
 
 def test_generate(extended: Any) -> None:
@@ -319,7 +314,7 @@ def test_model_without_rotary_is_refused() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         clex.extend(tiny.build(config))
     assert "GPT2LMHeadModel" in str(caught.value)
-    assert all(name in str(caught.value) for name in CHECKED_FAMILIES)
+    assert "clex families" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,21 @@ import warnings
 from ..errors import ClexError
 
 # Each of these adds its commands, in the order of the help page.
-from . import extend, evaluate, methods  # isort: skip
+from . import extend, evaluate, generate, retrieval, harness, compare, export, methods, families  # isort: skip
 from .app import app
 
-__all__ = ["evaluate", "extend", "main", "methods"]
+__all__ = [
+    "compare",
+    "evaluate",
+    "export",
+    "extend",
+    "families",
+    "generate",
+    "harness",
+    "main",
+    "methods",
+    "retrieval",
+]
 
 
 def main() -> None:

@@ -84,7 +84,9 @@ def _save(
         target: Any = model
         if weights == "adapter" and not isinstance(model, peft.PeftModel):
             raise CheckpointError(f"{type(model).__name__} has no adapter to save")
-        state = {k: v for k, v in model.state_dict().items() if not _is_ours(k)}
+        state = model.state_dict()
+        if weights == "full":
+            state = {k: v for k, v in state.items() if not _is_ours(k)}
         target.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

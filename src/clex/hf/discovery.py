@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,43 +13,58 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..rope import RopeSpec
 from .rotary import ALL_LAYERS
 
-# Checked by tests; others of the same skeleton are found as well.
-CHECKED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox")
-
 _SUFFIX = "original_inv_freq"
 
 
 def find_rotary(model: nn.Module) -> tuple[nn.Module, str, nn.Module]:
-    """The parent, attribute name and module of the text decoder's rotary embedding."""
-    decoder: nn.Module = model
+    """The parent, attribute name and module of the text decoder's rotary embedding.
+
+    Raises:
+        UnsupportedModelError: there is none of the common form, or more than one.
+    """
+    found = {path: module for path, module in _decoder(model).named_modules() if _is_rotary(module)}
+    if len(found) != 1:
+        several = f"{len(found)} rotary modules ({', '.join(found)}) where clex extends one"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {several if found else 'no rotary module of the form'}"
+            f"{'' if found else ' that clex extends'} (see: clex families)"
+        )
+    ((path, module),) = found.items()
+    parent, _, name = path.rpartition(".")
+    return _decoder(model).get_submodule(parent), name, module
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The part of a model that reads text."""
     if callable(getattr(model, "get_decoder", None)):
-        decoder = model.get_decoder() or model  # type: ignore[operator]
-    found = [
-        (parent, name, child)
-        for parent in decoder.modules()
-        for name, child in parent.named_children()
-        if _is_rotary(child)
-    ]
-    supported = f"checked families: {', '.join(CHECKED_FAMILIES)}, and others of the same form"
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no rotary module that clex can extend ({supported})"
-        )
-    if len(found) > 1:
-        names = ", ".join(name for _, name, _ in found)
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(found)} rotary modules ({names}) and clex extends"
-            f" models with one ({supported})"
-        )
-    return found[0]
+        decoder: Any = model.get_decoder()  # type: ignore[operator]
+        # Some have a layer called "decoder", the head, and answer with that.
+        if decoder is not None and any(decoder.children()):
+            return cast(nn.Module, decoder)
+    return model
 
 
 def _is_rotary(module: nn.Module) -> bool:
     """The common skeleton: forward(x, position_ids, ...) around a frequency buffer of its own."""
     if not any(name.endswith(_SUFFIX) for name, _ in module.named_buffers(recurse=False)):
         return False
-    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+    return has_rotary_forward(type(module))
+
+
+def has_rotary_forward(module_type: type[nn.Module]) -> bool:
+    """Whether a class of modules has the common forward(x, position_ids, ...)."""
+    parameters = list(inspect.signature(inspect.unwrap(module_type.forward)).parameters)
     return parameters[:3] == ["self", "x", "position_ids"]
+
+
+def layer_types(stock: nn.Module) -> tuple[str, ...]:
+    """Layer types that have a frequency vector of their own; empty where all share one."""
+    prefixes = (
+        name.removesuffix(_SUFFIX)
+        for name, _ in stock.named_buffers(recurse=False)
+        if name.endswith(_SUFFIX)
+    )
+    return tuple(prefix.removesuffix("_") for prefix in prefixes if prefix)
 
 
 def rope_specs(model: nn.Module, stock: nn.Module, config: ClexConfig) -> dict[str, RopeSpec]:
@@ -64,24 +79,25 @@ def rope_specs(model: nn.Module, stock: nn.Module, config: ClexConfig) -> dict[s
     """
     host: Any = getattr(stock, "config", None) or model.config
     parameters: dict[str, Any] = getattr(host, "rope_parameters", None) or {}
-    prefixes = [
-        name.removesuffix(_SUFFIX)
-        for name, _ in stock.named_buffers(recurse=False)
-        if name.endswith(_SUFFIX)
-    ]
-    layer_types = [prefix.removesuffix("_") for prefix in prefixes if prefix]
-    if not layer_types:
+    types = layer_types(stock)
+    if not types:
         if config.layer_types:
             raise ConfigError(
                 f"{type(model).__name__} has no layer types, got {', '.join(config.layer_types)}"
             )
         return {ALL_LAYERS: _rope_spec(model, stock, host, parameters, "", config)}
-    wanted = config.layer_types or tuple(n for n in layer_types if "sliding" not in n)
+    # Sliding-window layers never see a distance above their window.
+    wanted = config.layer_types or tuple(n for n in types if "sliding" not in n)
+    if not wanted:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a rotary in its sliding-window layers only"
+            f" ({', '.join(types)}); give layer_types to extend those"
+        )
     for name in wanted:
-        if name not in layer_types:
-            raise ConfigError(f"unknown layer type {name!r} (valid: {', '.join(layer_types)})")
+        if name not in types:
+            raise ConfigError(f"unknown layer type {name!r} (valid: {', '.join(types)})")
     return {
-        name: _rope_spec(model, stock, host, parameters.get(name, {}), f"{name}_", config)
+        name: _rope_spec(model, stock, host, parameters.get(name) or {}, f"{name}_", config)
         for name in wanted
     }
 
@@ -104,11 +120,7 @@ def _rope_spec(
     if inv_freq.dtype != torch.float32:
         # model.to(bfloat16) rounds the buffer, which costs whole radians: make it anew.
         inv_freq = _fresh_inv_freq(stock, host, prefix, inv_freq.device)
-    length = (
-        config.native_length
-        or parameters.get("original_max_position_embeddings")
-        or getattr(host, "max_position_embeddings", None)
-    )
+    length = config.native_length or _window(host, parameters)
     if not length:
         raise ConfigError(
             f"{type(model).__name__} does not say how long a text it was trained on;"
@@ -120,6 +132,16 @@ def _rope_spec(
         rope_theta=float(parameters.get("rope_theta", getattr(host, "rope_theta", 10_000.0))),
         attention_scaling=float(getattr(stock, f"{prefix}attention_scaling")),
     )
+
+
+def _window(host: Any, parameters: dict[str, Any]) -> int | None:
+    """Tokens that the model reads as it is, in the window that its own rope type gives it."""
+    window: int | None = getattr(host, "max_position_embeddings", None)
+    original = parameters.get("original_max_position_embeddings")
+    if original:
+        # Configs differ in whether max_position_embeddings is the window before or after.
+        window = max(window or 0, int(original * (parameters.get("factor") or 1)))
+    return window
 
 
 def _fresh_inv_freq(stock: nn.Module, host: Any, prefix: str, device: torch.device) -> Tensor:

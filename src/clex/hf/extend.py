@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..config import ClexConfig
@@ -15,7 +16,9 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..scaling import Scaling, get_scaling
 from .alibi import add_alibi, remove_alibi
 from .discovery import find_rotary, freq_name, rope_specs
-from .rotary import ALL_LAYERS, ScaledRope
+from .forward_pass import add_hooks, remove_hooks
+from .generation import add_generation, remove_generation
+from .rotary import ALL_LAYERS, ScaledRope, holding
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -51,6 +54,8 @@ def extend(model: ModelT, config: ClexConfig | None = None) -> ModelT:
     if not scaling_type.rotates:
         rope.plain_attention = add_alibi(model)
     setattr(parent, name, rope)
+    add_hooks(parent, name)
+    add_generation(model)
     return model
 
 
@@ -62,12 +67,25 @@ def restore(model: ModelT) -> ModelT:
                 setattr(module, name, child.stock)
                 if child.plain_attention is not None:
                     remove_alibi(model, child.plain_attention)
+    for module in list(model.modules()):
+        remove_hooks(module)
+        remove_generation(module)
     return model
 
 
 def extension_of(model: nn.Module) -> ScaledRope | None:
-    """The extension of `model`, found anew each time: wrappers such as PEFT copy modules."""
-    return next((m for m in model.modules() if isinstance(m, ScaledRope)), None)
+    """The extension of `model` that is in use, found anew each time: PEFT copies modules."""
+    for module in model.modules():
+        if isinstance(module, ScaledRope):
+            return module
+        if isinstance(module, ModulesToSaveWrapper):
+            # It keeps the module that training began with beside the one that was trained.
+            wrapper: Any = module
+            name = next(iter(wrapper.active_adapters), None)
+            used = None if wrapper.disable_adapters else wrapper.modules_to_save[name]
+            if isinstance(used, ScaledRope):
+                return used
+    return None
 
 
 def require_extension(model: nn.Module) -> ScaledRope:
@@ -116,9 +134,7 @@ def at_scale(
     Raises:
         ConfigError: a scale is below 1, or the model is not extended.
     """
-    ropes = [m for m in model.modules() if isinstance(m, ScaledRope)]
-    if not ropes:
-        require_extension(model)
+    require_extension(model)
     scale: float | Tensor
     if isinstance(t, int | float):
         scale = _checked_scale(float(t), config_of(model).max_scale)
@@ -128,16 +144,8 @@ def at_scale(
     else:
         # A tensor may live on a device, where reading its values to check them would wait.
         scale = t.reshape(-1)
-    if isinstance(scale, Tensor):
-        scale = scale.to(next(model.parameters()).device, torch.float32)
-    before = [(rope.scale, rope.positions) for rope in ropes]
-    try:
-        for rope in ropes:
-            rope.hold(scale, positions)
+    with holding(model, scale, positions):
         yield
-    finally:
-        for rope, (old_scale, old_positions) in zip(ropes, before, strict=True):
-            rope.hold(old_scale, old_positions)
 
 
 def frequencies(model: nn.Module, t: float) -> Tensor | dict[str, Tensor]:

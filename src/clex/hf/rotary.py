@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config import ClexConfig
+from ..errors import ConfigError
 from ..scaling import Scaling
 
 # Key of the only frequency vector of a model that has no layer types.
 ALL_LAYERS = "all"
+
+
+@dataclass
+class ForwardPass:
+    """A pass of the host that is under way while no scale is held.
+
+    Attributes:
+        scale: (B,) or (1,); ``None`` until the positions have decided.
+    """
+
+    scale: Tensor | None
 
 
 class ScaledRope(nn.Module):
@@ -28,8 +43,10 @@ class ScaledRope(nn.Module):
         scalings: a `Scaling` for each extended layer type, or one under `ALL_LAYERS`.
 
     Attributes:
-        scale: the scale in force: a float for all rows, a tensor (B,) for one scale a row, or
-            ``None``: each row takes the scale of its largest position in the call.
+        scale: the scale that is held, float32: (1,) for all rows or (B,) for one a row. ``None``:
+            each row takes the scale of its own length in the call.
+        forward_pass: set by `clex.hf.forward_pass` while the host's decoder runs and no scale is
+            held; it knows the real tokens of each row, which positions alone do not tell.
         positions: table (B, T) float32 of sampled positions, indexed by `position_ids`; training
             only. It lives here because the host reads jumps in `position_ids` as document borders.
         plain_attention: name of the attention that `restore` puts back, where the method brought
@@ -40,10 +57,12 @@ class ScaledRope(nn.Module):
         super().__init__()
         self.stock = stock
         self.scalings = nn.ModuleDict(scalings)
-        self.scale: float | Tensor | None = None
+        self.scale: Tensor | None = None
         self.positions: Tensor | None = None
+        self.forward_pass: ForwardPass | None = None
         self.plain_attention: str | None = None
-        self._memo: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._solved: dict[str, tuple[Tensor, Tensor]] = {}
+        self._solved_in_training = False
         self._takes_rows = self._try_rows()
 
     def __getattr__(self, name: str) -> Any:
@@ -58,40 +77,88 @@ class ScaledRope(nn.Module):
         if key not in self.scalings:
             extra = () if layer_type is None else (layer_type,)
             return self.stock(x, position_ids, *extra)
-        scaling: Any = self.scalings[key]
-        if self.scale is None:
-            lengths = position_ids.amax(dim=-1) + 1
-            t = scaling.scale_for(lengths if lengths.dim() == 1 else lengths.amax(dim=0))
-        elif isinstance(self.scale, Tensor):
-            t = self.scale
-        else:
-            t = torch.tensor([self.scale], device=x.device)
-        rows = max(len(t), 1 if self.positions is None else len(self.positions))
-        if rows > 1 and position_ids.shape[-2] == 1:
+        inv_freq, factor = self._frequencies(key, position_ids)
+        rows = x.shape[-3]  # Gemma 3n stacks four streams before the batch
+        if len(inv_freq) not in (1, rows):
+            inv_freq, factor = spread(inv_freq, rows), spread(factor, rows)
+        if position_ids.shape[-2] == 1 < rows and (len(inv_freq) > 1 or self.positions is not None):
             position_ids = position_ids.expand(*position_ids.shape[:-2], rows, -1)
         if self.positions is not None:
             table = self.positions.to(x.device).expand(position_ids.shape[-2], -1)
             position_ids = table.gather(1, position_ids)
-        inv_freq, factor = self._frequencies(key, scaling, t)
         return self._call(x, position_ids, inv_freq, factor, layer_type)
 
-    def _frequencies(self, key: str, scaling: Scaling, t: Tensor) -> tuple[Tensor, Tensor]:
-        """inv_freq (B, F) and attention factor (B,); solved once while a scale is held."""
-        if torch.is_grad_enabled() or self.scale is None:
-            return scaling.inv_freq(t), scaling.attention_factor(t)
-        memo_key = (key, t.device, scaling.training)
-        if memo_key not in self._memo:
-            self._memo[memo_key] = (scaling.inv_freq(t), scaling.attention_factor(t))
-        return self._memo[memo_key]
+    def _frequencies(self, key: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """inv_freq (B, F) and attention factor (B,); B is 1 where all rows share a scale."""
+        solved = self._solved.get(key)
+        if (
+            solved is not None
+            and not torch.is_grad_enabled()
+            and self._solved_in_training == self.training
+        ):
+            return solved
+        scaling: Any = self.scalings[key]
+        t = self._scale_in_force(position_ids)
+        return scaling.inv_freq(t), scaling.attention_factor(t)
+
+    def _scale_in_force(self, position_ids: Tensor) -> Tensor:
+        if self.scale is not None:
+            return self.scale
+        current = self.forward_pass
+        if current is not None and current.scale is not None:
+            return current.scale
+        lengths = position_ids.amax(dim=-1) + 1
+        scale = self.scale_for(lengths if lengths.dim() == 1 else lengths.amax(dim=0))
+        if current is not None:
+            current.scale = scale
+        return scale
+
+    @property
+    def clex_config(self) -> ClexConfig:
+        """The config of the extension."""
+        config: ClexConfig = self._first.config
+        return config
+
+    @property
+    def native_length(self) -> int:
+        """Tokens that the host was trained to read."""
+        return int(self._first.spec.native_length)
+
+    @property
+    def _first(self) -> Any:
+        return next(iter(self.scalings.values()))
+
+    def scale_for(self, lengths: Tensor) -> Tensor:
+        """The scales for texts of `lengths` tokens, (B,), on the device of the frequencies."""
+        first = self._first
+        scale: Tensor = first.scale_for(lengths.to(first.inv_freq_native.device))
+        return scale
+
+    def solve(self, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """inv_freq (B, F) and attention factor (B,) at `scale` (B,), for each extended part."""
+        solved = {}
+        for key, module in self.scalings.items():
+            scaling: Any = module
+            t = scale.to(scaling.inv_freq_native.device)
+            solved[key] = scaling.inv_freq(t), scaling.attention_factor(t)
+        return solved
 
     def hold(self, scale: float | Tensor | None, positions: Tensor | None = None) -> None:
-        """Set `scale` and `positions`, and forget what was solved for the scale before.
+        """Set `scale` and `positions`, and solve the frequencies of the scale once for inference.
 
-        Frequencies of a held scale are solved once, not for every token. They cannot be keyed on
-        the state of the parameters: fused optimisers change those without raising their version.
+        Now and not at the first use: that may be inside a compiled graph. They live until the next
+        call and are not keyed on the state of the parameters, since fused optimisers change those
+        without raising their version. With gradients each forward pass solves them anew.
         """
+        if scale is not None:
+            device = self._first.inv_freq_native.device
+            scale = torch.as_tensor(scale, dtype=torch.float32, device=device).reshape(-1)
         self.scale, self.positions = scale, positions
-        self._memo.clear()
+        self._solved = {}
+        if scale is None or (self.training and torch.is_grad_enabled()):
+            return
+        with torch.no_grad():
+            self._solved, self._solved_in_training = self.solve(scale), self.training
 
     def _call(
         self,
@@ -129,6 +196,8 @@ class ScaledRope(nn.Module):
             {
                 f"{prefix}inv_freq": inv_freq,
                 f"{prefix}attention_scaling": factor * stock_factor,
+                # Phi-MoE computes its frequencies anew in each call.
+                "rope_init_fn": lambda *_: (inv_freq, factor * stock_factor),
             },
         )
         extra = () if layer_type is None else (layer_type,)
@@ -159,6 +228,40 @@ class ScaledRope(nn.Module):
             a.shape == b.shape and torch.allclose(a, b)
             for a, b in zip(one_by_one, together, strict=True)
         )
+
+
+def spread(per_row: Tensor, rows: int) -> Tensor:
+    """One entry for each of `rows`: beams and returned sequences stand beside their prompt.
+
+    Raises:
+        ConfigError: the batch is not a multiple of the entries.
+    """
+    if len(per_row) == rows:
+        return per_row
+    if rows % len(per_row):
+        raise ConfigError(f"{len(per_row)} scales are held for a batch of {rows} rows")
+    return per_row.repeat_interleave(rows // len(per_row), dim=0)
+
+
+def ropes_of(model: nn.Module) -> list[ScaledRope]:
+    """Every extended rotary of `model`, found anew: wrappers such as PEFT copy modules."""
+    return [module for module in model.modules() if isinstance(module, ScaledRope)]
+
+
+@contextmanager
+def holding(
+    model: nn.Module, scale: float | Tensor, positions: Tensor | None = None
+) -> Iterator[None]:
+    """Hold a scale in every rotary of `model` inside the block; see `clex.at_scale`."""
+    ropes = ropes_of(model)
+    before = [(rope.scale, rope.positions) for rope in ropes]
+    try:
+        for rope in ropes:
+            rope.hold(scale, positions)
+        yield
+    finally:
+        for rope, (old_scale, old_positions) in zip(ropes, before, strict=True):
+            rope.hold(old_scale, old_positions)
 
 
 class _View:

@@ -97,9 +97,11 @@ class Scaling(nn.Module):
     def scale_for(self, length: Tensor) -> Tensor:
         """The scale t for texts of `length` tokens: length / native_length, rounded up on the grid.
 
-        Never below 1 nor above `max_scale`. `length` may have any shape; float32 result, no
-        host-device synchronisation.
+        Never below 1 nor above `max_scale`; always `fixed_scale` where the config has one.
+        `length` may have any shape; float32 result, no host-device synchronisation.
         """
+        if self.config.fixed_scale is not None:
+            return torch.full_like(length, self.config.fixed_scale, dtype=torch.float32)
         t = (length.float() / self.spec.native_length).clamp(min=1.0)
         if self.config.grid == "integer":
             t = t.ceil()

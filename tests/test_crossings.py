@@ -1,0 +1,64 @@
+"""The benchmarks of open-ended texts and of decoding run, and say what they should."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_crossings(benchmark: Any, tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model")
+    data = tiny.write_documents(tmp_path / "data.jsonl", [300, 100, 280])
+    arguments = [str(model), "--data", str(data), "--lengths", "64,128,256", "--tokens", "16"]
+    with tiny.token_cache(tmp_path / "cache"):
+        rows = benchmark("crossings").main([*arguments, "--out", str(tmp_path / "out")])
+    assert {row.document for row in rows} == {0, 2}  # the ones that are long enough
+    assert len(rows) == 2 * 2 * 2 * 3  # documents, crossings, paths, policies
+    for path in ("jump", "grid"):
+        kl = {
+            policy: max(r.kl for r in rows if (r.path, r.policy) == (path, policy))
+            for policy in ("refill", "rerotate", "hold")
+        }
+        assert kl["refill"] < 1e-5 < kl["rerotate"] < kl["hold"]
+    for row in rows:
+        assert row.seconds > 0 or row.policy == "hold"
+        assert (row.t_from, row.t_to) == (
+            row.length / 64,
+            (row.length if row.policy == "hold" else row.until) / 64,
+        )
+        if row.policy == "refill":
+            assert math.isclose(row.nll, row.nll_full, rel_tol=1e-4) and row.agreement == 1
+    (report,) = (tmp_path / "out").glob("*-cpu-model-crossings.json")
+    assert len(json.loads(report.read_text())["rows"]) == len(rows)
+    table = report.with_suffix(".md").read_text()
+    assert table.count("| rerotate |") == 4
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_decoding(benchmark: Any, tmp_path: Path, cache: str) -> None:
+    model = tiny.write_model(tmp_path / "model")
+    arguments = [str(model), "--contexts", "32,96", "--tokens", "4", "--repeats", "2"]
+    rows = benchmark("decoding").main([*arguments, "--cache", cache, "--out", str(tmp_path)])
+    assert [(row.context, row.model) for row in rows] == [
+        (32, "plain"),
+        (32, "extended"),
+        (96, "plain"),
+        (96, "extended"),
+    ]
+    assert all(speed > 0 for row in rows for speed in row.tokens_per_second)
+    assert list(tmp_path.glob(f"*-cpu-model-decoding-{cache}.md"))
