@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .hf.extend import extend as extend
     from .hf.extend import frequencies as frequencies
     from .hf.extend import restore as restore
+    from .hf.session import Session as Session
     from .rope import RopeSpec as RopeSpec
     from .scaling import Scaling as Scaling
     from .scaling import get_scaling as get_scaling
@@ -31,6 +32,7 @@ _HOME = {
     "ClexError": "errors",
     "RopeSpec": "rope",
     "Scaling": "scaling",
+    "Session": "hf.session",
     "at_scale": "hf.extend",
     "extend": "hf.extend",
     "frequencies": "hf.extend",
