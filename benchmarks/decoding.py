@@ -181,14 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Decoding]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = extended.config.get_text_config().vocab_size
     rows: list[Decoding] = []
-    for context in args.contexts:
-        ids = torch.randint(vocabulary, (1, context), generator=generator).to(device)
-        scale = scale_for(extended, context + args.tokens)
-        rows += measure({"plain": plain, "extended": extended}, scale, ids, args)
-        torch.compiler.reset()
-        console.print(f"context {context:,}: {time.perf_counter() - started:.0f} s")
-    text = decoding_table(rows)
-    settings = {
+    settings: dict[str, Any] = {
         "model": str(args.model),
         "extension": f"{kind}, max_scale {config_of(extended).max_scale:g}",
         "dtype": str(extended.dtype).removeprefix("torch."),
@@ -197,10 +190,18 @@ def main(arguments: Sequence[str] | None = None) -> list[Decoding]:
         "repeats": args.repeats,
         "cache": args.cache,
         "compiled": f"{args.backend}, {args.compile_mode or 'default'}" if args.compile else "no",
-        "run_seconds": round(time.perf_counter() - started, 1),
     }
     name = f"decoding-{args.cache}{'-compiled' if args.compile else ''}"
-    stem = write_result(args.out, name, settings, rows, text)
+    for context in args.contexts:
+        ids = torch.randint(vocabulary, (1, context), generator=generator).to(device)
+        scale = scale_for(extended, context + args.tokens)
+        rows += measure({"plain": plain, "extended": extended}, scale, ids, args)
+        torch.compiler.reset()
+        settings["run_seconds"] = round(time.perf_counter() - started, 1)
+        # After each context: borrowed machines may not wait for the last one.
+        text = decoding_table(rows)
+        stem = write_result(args.out, name, settings, rows, text)
+        console.print(f"context {context:,}: {settings['run_seconds']:.0f} s")
     console.print(f"{text}\nwritten: {args.out / stem}.json and .md", soft_wrap=True, markup=False)
     return rows
 
