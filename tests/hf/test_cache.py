@@ -120,8 +120,12 @@ def test_first_layer_equals_a_new_prefill(name: str) -> None:
     layout = key_layouts(model)[0]
     assert layout is not None
     where = (layout.where, layout.start, layout.rotary_dim, layout.interleaved)
-    assert where == MODELS[name][2]
+    wanted = MODELS[name][2]
     moved, old, new = (fill(model, ids, t) for t in (1.0, 1.0, 2.7))
+    if wanted[0] == "values" and moved.layers[0].keys.shape[-1] != MLA["kv_lora_rank"]:
+        # Older releases of transformers cache the whole key of each head, not the compressed form.
+        wanted = ("keys", MLA["qk_nope_head_dim"], *wanted[2:])
+    assert where == wanted
     move_cache(model, moved, 1.0, 2.7, block=32)
     assert error(moved, new) < EXACT
     assert error(old, new) > 0.3  # stale keys

@@ -566,12 +566,15 @@ def test_compiled_decoding(family: str) -> None:
         return (compiled if decoding else plain)(*args, **kwargs)
 
     model.forward = forward
-    settings = {"cache_implementation": "static", "max_cache_len": 128}
+    settings: dict[str, Any] = {"cache_implementation": "static"}
+    if hasattr(model.generation_config, "max_cache_len"):  # else a cache is as long as the text
+        settings["max_cache_len"] = 128
     for n, new in wanted.items():
         assert torch.equal(generate(model, ids, max_new_tokens=n, **settings)[0], new)
         if n == 10:
             first = len(graphs)
-    assert 0 < first == len(graphs)
+    assert 0 < first
+    assert first == len(graphs) or "max_cache_len" not in settings
 
 
 @pytest.mark.slow
