@@ -48,7 +48,8 @@ from clex.hf.checkpoint import base_name, is_checkpoint, load
 from clex.hf.extend import at_scale, config_of, extend, scale_for
 from clex.hf.models import load_base, load_tokenizer
 from clex.hf.session import ON_GROWTH, Session, prefill
-from clex.run import choose_device, versions
+from clex.run import choose_device
+from clex.run_folder import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -95,6 +96,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Time the block; the device is waited for at both ends."""
         on_gpu, before = self.device.type == "cuda", 0
         if on_gpu:
             torch.cuda.synchronize(self.device)

@@ -39,7 +39,8 @@ from clex.evaluation.token_bytes import token_bytes
 from clex.files import write_json
 from clex.hf.extend import at_scale, config_of
 from clex.hf.models import assets_folder, load_base, load_tokenizer
-from clex.run import EvalConfig, choose_device, versions
+from clex.run import EvalConfig, choose_device
+from clex.run_folder import versions
 
 DEFAULT = EvalConfig().protocols
 

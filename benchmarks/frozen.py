@@ -30,7 +30,8 @@ from clex.hf.checkpoint import extension_state
 from clex.hf.extend import config_of, extend, frequencies, restore
 from clex.hf.models import load_base, load_tokenizer
 from clex.rope import RopeSpec
-from clex.run import EvalConfig, autocast, choose_device, versions
+from clex.run import EvalConfig, autocast, choose_device
+from clex.run_folder import versions
 from clex.scaling import Scaling, get_scaling, register_scaling
 from clex.training import TrainConfig, train
 

@@ -32,7 +32,8 @@ from clex.hf.extend import at_scale, config_of, extend
 from clex.hf.loss import TokenLoss
 from clex.hf.models import load_base
 from clex.positions import SAMPLERS, sample_positions
-from clex.run import autocast, choose_device, versions
+from clex.run import autocast, choose_device
+from clex.run_folder import versions
 
 MIXTURE = "chunks:0.7,contiguous:0.3"
 STEP_ROWS, STEP_TOKENS = 8, 256

@@ -30,7 +30,7 @@ from clex.files import write_json
 from clex.hf.checkpoint import load
 from clex.hf.extend import require_extension
 from clex.rope import RopeSpec
-from clex.run import versions
+from clex.run_folder import versions
 from clex.scaling.clex import Clex
 
 

@@ -46,6 +46,7 @@ PICTURE = (
     ("start",),
     ("search",),
     ("evaluation.heatmap",),
+    ("measured",),
     ("run",),
     ("needles",),
     ("evaluation.harness",),

@@ -1,6 +1,7 @@
 """Needles and pass keys: prompts to the token, scores right for those who see and the blind."""
 
 import csv
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -282,6 +283,19 @@ def test_extension_reads_at_the_scale_of_the_length() -> None:
         other = ask(model, haystacks.prompt(320, 0.5, 0))
     assert trials[0].log_probs == inside.log_probs != other.log_probs
     assert trials[0].exact is None and trials[0].generated is None
+
+
+def test_a_needle_counts_once_however_many_depths_it_was_asked_at() -> None:
+    """One answer that the model likes anyway is half of all trials and proves nothing."""
+    haystacks, plan = setting(needles=2, depths=tuple(k / 10 for k in range(11)), lengths=(320,))
+    trials = [
+        dataclasses.replace(trial, choice=trial.needle == 0)
+        for trial in run_retrieval(Blind(), haystacks, plan, "blind")
+    ]
+    row = next(row for row in summarise(trials, plan) if row.score == "choice")
+    assert (row.trials, row.mean) == (22, 0.5)
+    assert tail(11, 22, plan.chance) < 1e-5  # what independent trials would say
+    assert row.low < plan.chance and not row.above_chance
 
 
 def test_statistics() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .config import ClexConfig
 from .data import find_files, read_documents
-from .errors import CheckpointError, ConfigError
 from .evaluation.haystacks import DEPTHS, Haystacks, RetrievalPlan
 from .evaluation.heatmap import draw_heatmap, scores_of, summary_table, write_cells
 from .evaluation.perplexity import as_method
 from .evaluation.retrieval import Trial, cells_of, effective_length, run_retrieval, summarise
+from .evaluation.trials import TrialLog
 from .files import write_json
-from .hf.checkpoint import base_name, is_checkpoint, load
-from .hf.extend import config_of
-from .hf.models import assets_folder, load_base, load_tokenizer
-from .run import choose_device, training_free
+from .hf.models import assets_folder, load_tokenizer
+from .measured import load_measured
+from .run import choose_device
 from .run_folder import claimed, holds_run
 
 TRIALS_FILE = "trials.jsonl"
@@ -120,25 +117,14 @@ def run_needles(
         ClexError: one line that says what is wrong.
     """
     console, place, out = console or Console(stderr=True), choose_device(device), Path(out)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    extended = load(model_name, dtype=dtype, device=place) if is_checkpoint(model_name) else None
-    source = model_name if extended is None else base_name(model_name)
-    plain = load_base(source, dtype=dtype, device=place)
-    with as_method(plain, ClexConfig(method="none", max_scale=max_scale)) as probe:
-        settled = config_of(probe if extended is None else extended)
-    native = settled.native_length
-    assert native is not None
-    free = training_free(config.rivals, settled)
-    if not free and extended is None:
-        raise ConfigError("nothing to measure: give --rivals")
-    for rival in free.values():
-        with as_method(plain, rival):
-            pass
+    measured = load_measured(model_name, config.rivals, max_scale=max_scale, device=place)
+    plain, extended, settled = measured.plain, measured.extended, measured.config
+    native, free = measured.native_length, measured.rivals
     weights = sum(parameter.numel() for parameter in plain.parameters())
     plan = config.plan(native, settled.max_scale, weights, place)
     path = assets_folder() / "books" / "test.jsonl.gz" if data is None else data
     texts = [] if plan.task == "passkey" else list(read_documents(find_files(path), field))
-    haystacks = Haystacks(load_tokenizer(source), plan, texts)
+    haystacks = Haystacks(load_tokenizer(measured.source), plan, texts)
     text = hashlib.sha256()
     for number in range(plan.needles):  # text that is too short shows here, not after an hour
         text.update(repr(haystacks.needle(number)).encode())
@@ -159,8 +145,6 @@ def run_needles(
         f" {len(plan.depths)} depths; {plan.needles} needles in each cell"
     )
     trials: list[Trial] = []
-    # A trained method beside its training-free self needs a name of its own.
-    own = settled.method if settled.method not in free else f"{settled.method}, trained"
     tokens = sum(plan.lengths) * len(plan.depths) * plan.needles
     with (
         claimed(out, settings, overwrite),
@@ -172,21 +156,20 @@ def run_needles(
             console=console,
         ) as bar,
     ):
-        done = read_trials(out / TRIALS_FILE)
+        log = TrialLog(out / TRIALS_FILE)
         # In tokens: a prompt of 64k takes as long as hundreds of short ones.
         total = tokens * (len(free) + (extended is not None))
-        task = bar.add_task("tokens", total=total, completed=sum(t.length for t in done))
+        task = bar.add_task("tokens", total=total, completed=sum(t.length for t in log.done))
 
         def keep(trial: Trial) -> None:
-            with (out / TRIALS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(trial.to_dict()) + "\n")
+            log.keep(trial)
             bar.advance(task, trial.length)
 
         for name, rival in free.items():
             with as_method(plain, rival):
-                trials += run_retrieval(plain, haystacks, plan, name, done, keep)
+                trials += run_retrieval(plain, haystacks, plan, name, log.done, keep)
         if extended is not None:
-            trials += run_retrieval(extended, haystacks, plan, own, done, keep)
+            trials += run_retrieval(extended, haystacks, plan, measured.own_name, log.done, keep)
         _report(trials, plan, native, out)
     rows = summarise(trials, plan)
     console.print(summary_table(rows, native))
@@ -222,17 +205,3 @@ def _report(trials: Sequence[Trial], plan: RetrievalPlan, native: int, out: Path
     write_cells(cells, out / "cells.csv")
     for score in scores_of(cells):
         draw_heatmap(cells, score, out / f"heatmap-{score}.png", native, plan.chance)
-
-
-def read_trials(path: Path) -> list[Trial]:
-    """The trials of `path`; a last line that a kill left half written is taken away."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
-    try:
-        return [Trial.from_dict(json.loads(line)) for line in lines]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None

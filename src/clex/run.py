@@ -35,20 +35,10 @@ from .files import read_json, write_json
 from .hf.checkpoint import base_name, is_checkpoint, load, load_config, require_loadable
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
-from .run_folder import RUN_FILE, claimed, holds_run, versions
+from .measured import load_measured, own_name, training_free
+from .run_folder import claimed, holds_run
 from .start import choose_base
 from .training import TrainConfig, check_plan, learned_parameters, train
-
-__all__ = [
-    "RUN_FILE",
-    "EvalConfig",
-    "autocast",
-    "choose_device",
-    "run_extend",
-    "run_perplexity",
-    "training_free",
-    "versions",
-]
 
 _BASELINE_FILE = "baseline.json"
 # Multiplications and additions that two CPU cores do in about three minutes.
@@ -242,10 +232,7 @@ def run_extend(
     check_plan(resolved, training, tokens)
     plan = evaluation.plan(plain, native, resolved.max_scale)
     select_documents(held_out, plan)
-    free = training_free(evaluation.rivals, resolved)
-    for config in free.values():
-        with as_method(plain, config):
-            pass
+    free = training_free(plain, evaluation.rivals, resolved)
     if evaluation.lengths is None and plan.lengths[-1] * 2 <= native * resolved.max_scale:
         console.print(
             f"measuring up to {plan.lengths[-1]:,} tokens only, this being a CPU;"
@@ -284,8 +271,7 @@ def run_extend(
             console=console,
         )
         with autocast(place, training.precision):
-            # A trained method beside its training-free self needs a name of its own.
-            name = f"{clex.method}, trained" if clex.method in evaluation.rivals else clex.method
+            name = own_name(clex.method, free)
             rows += evaluate_extended(
                 model, held_out, plan, name, console, token_bytes=sizes, log=log
             )
@@ -315,22 +301,6 @@ def _say_lengths(console: Console, lengths: list[int], native: int, max_scale: f
         parts.append(f"{sum(n >= size for n in lengths)} of {size:,} or more")
         size *= 2
     console.print(f"{len(lengths)} training documents, by length in tokens: {'; '.join(parts)}")
-
-
-def training_free(names: tuple[str, ...], config: ClexConfig) -> dict[str, ClexConfig | None]:
-    """Closed-form rivals of an extension: same native length and range, t not rounded."""
-    return {
-        name: None
-        if name == "base"
-        else ClexConfig(
-            method=name,
-            native_length=config.native_length,
-            max_scale=config.max_scale,
-            layer_types=config.layer_types,
-            grid="none",
-        )
-        for name in names
-    }
 
 
 def run_perplexity(
@@ -365,24 +335,13 @@ def run_perplexity(
         ClexError: one line that says what is wrong.
     """
     console, place, out = console or Console(stderr=True), choose_device(device), Path(out)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    extended = load(model_name, dtype=dtype, device=place) if is_checkpoint(model_name) else None
-    source = model_name if extended is None else base_name(model_name)
-    plain = load_base(source, dtype=dtype, device=place)
-    with as_method(plain, ClexConfig(method="none", max_scale=max_scale)) as probe:
-        config = config_of(extended or probe)
-    native = config.native_length
-    assert native is not None
+    measured = load_measured(model_name, evaluation.rivals, max_scale=max_scale, device=place)
+    plain, extended, config = measured.plain, measured.extended, measured.config
+    native = measured.native_length
     plan = evaluation.plan(plain, native, config.max_scale)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(measured.source)
     tokens = load_tokens(data, tokenizer, field)
     chosen = select_documents(tokens, plan)
-    free = training_free(evaluation.rivals, config)
-    if not free and extended is None:
-        raise ConfigError("nothing to measure: give --rivals")
-    for form in free.values():
-        with as_method(plain, form):
-            pass
     settings = {
         "model": model_name,
         "data": str(data),
@@ -404,7 +363,14 @@ def run_perplexity(
             ) as judge:
                 keys = key_tokens_of(judge, tokens, plan, out / KEYS_FILE, console)
         rows = evaluate_methods(
-            plain, tokens, plan, free, console, token_bytes=sizes, key_tokens=keys, log=log
+            plain,
+            tokens,
+            plan,
+            measured.rivals,
+            console,
+            token_bytes=sizes,
+            key_tokens=keys,
+            log=log,
         )
         if extended is not None:
             rows += evaluate_extended(

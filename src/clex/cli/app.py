@@ -61,10 +61,16 @@ def show(what: Any) -> None:
 
 
 def names(text: str) -> tuple[str, ...]:
+    """The parts of ``a, b, c``."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def lengths_of(text: str | None) -> tuple[int, ...] | None:
+    """The numbers of ``8192,16384``.
+
+    Raises:
+        ConfigError: a part is not a whole number.
+    """
     if text is None:
         return None
     try:
@@ -76,7 +82,11 @@ def lengths_of(text: str | None) -> tuple[int, ...] | None:
 
 
 def settings_of(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are read as JSON where they are JSON."""
+    """``name=value`` pairs; values are read as JSON where they are JSON.
+
+    Raises:
+        ConfigError: a pair has no equals sign.
+    """
     result = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")

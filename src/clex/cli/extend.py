@@ -108,7 +108,8 @@ def extend(
     The same command continues an interrupted run.
     """
     from ..config import ClexConfig
-    from ..run import RUN_FILE, EvalConfig, run_extend
+    from ..run import EvalConfig, run_extend
+    from ..run_folder import RUN_FILE
     from ..training import TrainConfig
 
     if resume and overwrite:

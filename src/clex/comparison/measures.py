@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -20,13 +19,13 @@ from ..evaluation.harness import run_harness
 from ..evaluation.haystacks import Haystacks, RetrievalPlan
 from ..evaluation.longppl import key_tokens_of
 from ..evaluation.perplexity import evaluate_extended, evaluate_methods
-from ..evaluation.retrieval import Trial, cells_of, run_retrieval, summarise
+from ..evaluation.retrieval import cells_of, run_retrieval, summarise
 from ..evaluation.scores import ScoreLog
 from ..evaluation.token_bytes import token_bytes
+from ..evaluation.trials import TrialLog
 from ..hf.checkpoint import save
 from ..hf.extend import config_of, extension_of, frequencies, require_extension
 from ..hf.models import load_base, load_tokenizer
-from ..needles import read_trials
 from ..run import long_context_evaluator
 from .plan import Plan
 from .recipe import TEXT_OF_NEEDLES
@@ -107,19 +106,12 @@ def measure_perplexity(subject: Subject) -> list[dict[str, Any]]:
 
 def measure_retrieval(subject: Subject, plan: RetrievalPlan) -> dict[str, Any]:
     """Shares found, by length and depth, and by length alone."""
-    file = subject.partial.with_suffix(".jsonl")
     texts: list[str] = []
     if plan.task == "needle":
         texts = list(read_documents(find_files(TEXT_OF_NEEDLES)))
     haystacks = Haystacks(load_tokenizer(subject.plan.recipe.model), plan, texts)
-    done = read_trials(file)
-    with file.open("a", encoding="utf-8") as log:
-
-        def keep(trial: Trial) -> None:
-            log.write(json.dumps(trial.to_dict()) + "\n")
-            log.flush()
-
-        trials = run_retrieval(subject.model, haystacks, plan, subject.method, done, keep)
+    log = TrialLog(subject.partial.with_suffix(".jsonl"))
+    trials = run_retrieval(subject.model, haystacks, plan, subject.method, log.done, log.keep)
     return {
         "chance": plan.chance,
         "cells": [cell.to_dict() for cell in cells_of(trials)],

@@ -21,13 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ..config import ClexConfig
 from ..errors import ConfigError, DataError, OutputError, unknown
 from ..files import new_file, read_json, write_json
-from ..hf.checkpoint import base_name, is_checkpoint, load
-from ..hf.extend import config_of
-from ..hf.models import load_base, load_tokenizer, resolve
-from ..run import training_free
+from ..hf.checkpoint import is_checkpoint
+from ..hf.models import load_tokenizer, resolve
+from ..measured import load_measured
 from ..run_folder import claimed, holds_run, versions
 from . import longbench
 from .harness_scores import Score, metric_rows, score_table
@@ -202,31 +200,24 @@ def _subjects(
     model_name: str, config: HarnessConfig, device: torch.device
 ) -> tuple[dict[str, _Subject], Any, str]:
     """The models by name of their rows, their tokenizer, and the folder or hub id of the base."""
-    dtype = config.dtype(device)
-    extended = load(model_name, dtype=dtype, device=device) if is_checkpoint(model_name) else None
-    if extended is not None and config.method is not None:
-        raise ConfigError(f"{model_name} has its own method; --method is for plain models")
-    source = model_name if extended is None else base_name(model_name)
-    plain = load_base(source, dtype=dtype, device=device)
-    with as_method(plain, ClexConfig(method="none", max_scale=config.max_scale)) as probe:
-        resolved = config_of(probe if extended is None else extended)
-    native = resolved.native_length
-    assert native is not None
-    longest = config.max_length or int(native * resolved.max_scale)
-
     names = [*config.rivals]
-    if extended is None and (config.method or "base") not in names:
+    if is_checkpoint(model_name):
+        if config.method is not None:
+            raise ConfigError(f"{model_name} has its own method; --method is for plain models")
+    elif (config.method or "base") not in names:
         names.append(config.method or "base")
+    measured = load_measured(
+        model_name, names, max_scale=config.max_scale, device=device, dtype=config.dtype(device)
+    )
+    longest = config.max_length or int(measured.native_length * measured.config.max_scale)
     subjects: dict[str, _Subject] = {}
-    for name, form in training_free(tuple(names), resolved).items():
-        with as_method(plain, form):
-            pass
-        window = longest if form is not None else config.max_length or native
-        subjects[name] = _Subject(partial(as_method, plain, form), window)
-    if extended is not None:
-        own = resolved.method if resolved.method not in names else f"{resolved.method}, trained"
-        subjects[own] = _Subject(partial(nullcontext, extended), longest)
-    return subjects, load_tokenizer(source), resolve(source)
+    for name, form in measured.rivals.items():
+        window = longest if form is not None else config.max_length or measured.native_length
+        subjects[name] = _Subject(partial(as_method, measured.plain, form), window)
+    if measured.extended is not None:
+        own = partial(nullcontext, measured.extended)
+        subjects[measured.own_name] = _Subject(own, longest)
+    return subjects, load_tokenizer(measured.source), resolve(measured.source)
 
 
 def _load_tasks(config: HarnessConfig, tokenizer: Any, source: str) -> dict[str, Any]:

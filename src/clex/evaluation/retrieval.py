@@ -29,7 +29,7 @@ from ..hf.extend import at_scale, extension_of, scale_for
 from .haystacks import Haystacks, Prompt, RetrievalPlan
 
 SCORES = ("exact", "choice", "gain")
-# A cell or a mean counts as above chance if chance alone gives as much this rarely.
+# A cell counts as above chance if chance alone gives as much this rarely.
 SIGNIFICANCE = 0.05
 RETAINED = 0.9
 
@@ -131,8 +131,9 @@ class Summary:
         length: tokens.
         trials: their number.
         mean: share of right answers.
-        low, high: 95 % interval of the mean (Wilson).
-        above_chance: whether all trials together are above chance.
+        low, high: 95 % interval of the mean (Wilson). Trials of one needle are not independent: an
+            answer that a model likes by itself is right at every depth. So each needle counts once.
+        above_chance: whether that interval is above chance.
         depths_above_chance: share of depths that are, each by itself (binomial test, one-sided).
     """
 
@@ -350,7 +351,8 @@ def summarise(trials: Sequence[Trial], plan: RetrievalPlan) -> list[Summary]:
 
 def _summary(trials: Sequence[Trial], score: str, chance: float) -> Summary:
     hits = sum(getattr(trial, score) for trial in trials)
-    low, high = wilson(hits, len(trials))
+    mean, needles = hits / len(trials), len({trial.needle for trial in trials})
+    low, high = wilson(mean * needles, needles)
     by_depth: dict[float, list[bool]] = {}
     for trial in trials:
         by_depth.setdefault(trial.depth, []).append(getattr(trial, score))
@@ -359,10 +361,10 @@ def _summary(trials: Sequence[Trial], score: str, chance: float) -> Summary:
         score=score,
         length=trials[0].length,
         trials=len(trials),
-        mean=hits / len(trials),
+        mean=mean,
         low=low,
         high=high,
-        above_chance=tail(hits, len(trials), chance) < SIGNIFICANCE,
+        above_chance=low > chance,
         depths_above_chance=_mean(
             tail(sum(row), len(row), chance) < SIGNIFICANCE for row in by_depth.values()
         ),
@@ -400,7 +402,7 @@ def tail(hits: int, trials: int, chance: float) -> float:
     )
 
 
-def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927); unlike the normal one it holds at 0 and 1."""
     share = hits / trials
     centre = share + z * z / (2 * trials)

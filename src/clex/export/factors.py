@@ -42,8 +42,3 @@ def rope_factors(*, wanted: Tensor, rope_theta: float, rotary_dim: int) -> Tenso
             "a frequency is zero or not finite, and no engine has a factor for that"
         )
     return plain_inv_freq(rope_theta, rotary_dim) / wanted.double()
-
-
-def inv_freq_of(factors: Tensor, rope_theta: float) -> Tensor:
-    """The inverse of `rope_factors`: the frequencies that an engine makes; float64, (d/2,)."""
-    return plain_inv_freq(rope_theta, 2 * len(factors)) / factors.double()

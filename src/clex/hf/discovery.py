@@ -156,4 +156,5 @@ def _fresh_inv_freq(stock: nn.Module, host: Any, prefix: str, device: torch.devi
 
 
 def freq_name(key: str) -> str:
+    """The frequency buffer of a layer type, or of `ALL_LAYERS`, in the host's rotary module."""
     return "inv_freq" if key == ALL_LAYERS else f"{key}_inv_freq"

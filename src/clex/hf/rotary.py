@@ -190,14 +190,14 @@ class ScaledRope(nn.Module):
         layer_type: str | None,
     ) -> Any:
         prefix = "" if layer_type is None else f"{layer_type}_"
-        stock_factor = getattr(self.stock, f"{prefix}attention_scaling")
+        factor = factor * getattr(self.stock, f"{prefix}attention_scaling")
         view = _View(
             self.stock,
             {
                 f"{prefix}inv_freq": inv_freq,
-                f"{prefix}attention_scaling": factor * stock_factor,
+                f"{prefix}attention_scaling": factor,
                 # Phi-MoE computes its frequencies anew in each call.
-                "rope_init_fn": lambda *_: (inv_freq, factor * stock_factor),
+                "rope_init_fn": lambda *_: (inv_freq, factor),
             },
         )
         extra = () if layer_type is None else (layer_type,)
