@@ -11,6 +11,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "clex"
 PICTURE = (
     ("version", "errors"),
     ("config", "files", "rope"),
+    ("kernels.switch",),
+    ("kernels.*_triton",),
+    ("kernels.*",),
+    ("kernels",),
     ("run_folder",),
     ("temperature", "solvers", "positions"),
     ("fields", "scaling.post"),
@@ -19,6 +23,7 @@ PICTURE = (
     ("scaling.clex",),
     ("scaling",),
     ("catalogue",),
+    ("hf.fused",),
     ("hf.rotary", "hf.alibi"),
     ("hf.cache_scale",),
     ("hf.forward_pass", "hf.generation"),

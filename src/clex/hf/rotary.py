@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..config import ClexConfig
 from ..errors import ConfigError
+from ..kernels import active
 from ..scaling import Scaling
+from .fused import Angles, fuse
 
 # Key of the only frequency vector of a model that has no layer types.
 ALL_LAYERS = "all"
@@ -49,6 +51,8 @@ class ScaledRope(nn.Module):
             held; it knows the real tokens of each row, which positions alone do not tell.
         positions: table (B, T) float32 of sampled positions, indexed by `position_ids`; training
             only. It lives here because the host reads jumps in `position_ids` as document borders.
+        interleaved: whether the pairs of the attention that `fuse` found are neighbours; ``None``:
+            it was not fused, and always takes cos and sin.
         plain_attention: name of the attention that `restore` puts back, where the method brought
             its own (ALiBi).
     """
@@ -61,6 +65,7 @@ class ScaledRope(nn.Module):
         self.positions: Tensor | None = None
         self.forward_pass: ForwardPass | None = None
         self.plain_attention: str | None = None
+        self.interleaved: bool | None = None
         self._solved: dict[str, tuple[Tensor, Tensor]] = {}
         self._solved_in_training = False
         self._takes_rows = self._try_rows()
@@ -72,7 +77,10 @@ class ScaledRope(nn.Module):
             return getattr(super().__getattr__("stock"), name)
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """What the host's rotary returns: cos and sin (or a complex table), in the dtype of `x`."""
+        """What the host's rotary returns: cos and sin (or a complex table), in the dtype of `x`.
+
+        On a GPU fused attention gets (positions, `Angles`) instead.
+        """
         key = ALL_LAYERS if layer_type is None else layer_type
         if key not in self.scalings:
             extra = () if layer_type is None else (layer_type,)
@@ -86,6 +94,9 @@ class ScaledRope(nn.Module):
         if self.positions is not None:
             table = self.positions.to(x.device).expand(position_ids.shape[-2], -1)
             position_ids = table.gather(1, position_ids)
+        if self.interleaved is not None and active(x) and position_ids.dim() == 2:
+            factor = factor * self._stock_factor(layer_type)
+            return position_ids, Angles(inv_freq, factor, self.interleaved, x.dtype)
         return self._call(x, position_ids, inv_freq, factor, layer_type)
 
     def _frequencies(self, key: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +201,7 @@ class ScaledRope(nn.Module):
         layer_type: str | None,
     ) -> Any:
         prefix = "" if layer_type is None else f"{layer_type}_"
-        factor = factor * getattr(self.stock, f"{prefix}attention_scaling")
+        factor = factor * self._stock_factor(layer_type)
         view = _View(
             self.stock,
             {
@@ -203,6 +214,23 @@ class ScaledRope(nn.Module):
         extra = () if layer_type is None else (layer_type,)
         raw_forward = inspect.unwrap(type(self.stock).forward)
         return raw_forward(view, x, position_ids, *extra)
+
+    def _stock_factor(self, layer_type: str | None) -> Any:
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        return getattr(self.stock, f"{prefix}attention_scaling")
+
+    def fuse(self, decoder: nn.Module) -> None:
+        """Let the attention of `decoder` rotate in one kernel where the model is on a GPU."""
+        key, scaling = next(iter(self.scalings.items()))
+        layer_type = None if key == ALL_LAYERS else key
+        factor = self._stock_factor(layer_type)
+
+        def tables(x: Tensor, position_ids: Tensor, inv_freq: Tensor, a: Tensor) -> Any:
+            return self._call(x, position_ids, inv_freq, a / factor, layer_type)
+
+        native: Any = scaling.inv_freq_native
+        with torch.no_grad():
+            self.interleaved = fuse(decoder, tables, native)
 
     def _try_rows(self) -> bool:
         """Whether the host's code takes one frequency vector a row, as recent releases do."""
