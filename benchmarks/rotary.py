@@ -152,7 +152,9 @@ def run_case(log: Log, name: str, length: int, device: str, repeats: int, peak: 
 
     calls["fused, learned"] = with_learned
     if device == "cuda":
-        calls |= {f"{way}, graph": graphed(calls[way], case.sets) for way in (*ways, "fused, learned")}
+        calls |= {
+            f"{way}, graph": graphed(calls[way], case.sets) for way in (*ways, "fused, learned")
+        }
     timings = time_calls(calls, torch.device(device), repeats=repeats)
     log.add(measured(f"{name}, {length:,}, forward + backward", timings))
 

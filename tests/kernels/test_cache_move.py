@@ -9,7 +9,9 @@ from torch import Tensor
 from clex.kernels.cache_move import turn_keys
 
 
-def exact(keys: Tensor, positions: Tensor, delta: Tensor, ratio: Tensor, neighbours: bool) -> Tensor:
+def exact(
+    keys: Tensor, positions: Tensor, delta: Tensor, ratio: Tensor, neighbours: bool
+) -> Tensor:
     angle = positions[:, :, None] * delta[:, None, :]
     turn = torch.polar(ratio.double()[:, None, None].expand_as(angle), angle)[:, None]
     pairs = keys.double().unflatten(-1, (-1, 2) if neighbours else (2, -1))

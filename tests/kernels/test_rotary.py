@@ -159,7 +159,9 @@ def test_nothing_is_kept_for_frequencies_that_do_not_learn() -> None:
     inputs = Inputs(SHAPES[0], torch.float32, "cpu")
     inputs.inv_freq, inputs.factor = inputs.inv_freq.detach(), inputs.factor.detach()
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         inputs.rotated(False)
     assert sum(kept) < inputs.q.numel()
 

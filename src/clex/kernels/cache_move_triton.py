@@ -19,37 +19,37 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _ENOUGH = 1024
 _WARPS = 4
 # Pairs of one head that a program holds at a time.
-_PAIRS_AT_ONCE = 2048
+_PAIRS_AT_ONCE = 1024
 
 
 @triton.jit
 def _turn(
     addresses, positions, turns, ratio, key_row, key_head, key_slot, key_entry,
-    position_row, position_slot, turn_row, ratio_row, layers, heads, slots, pairs,
-    SLOTS: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    position_row, position_slot, turn_row, ratio_row, layers, heads, slots,
+    SLOTS: tl.constexpr, LAYERS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * SLOTS
     group, row = tl.program_id(1), tl.program_id(2)
     local, f = tl.arange(0, SLOTS), tl.arange(0, BLOCK)
     inside = start + local < slots
-    mask = inside[:, None] & (f < pairs)[None, :]
+    mask = inside[:, None] & (f < PAIRS)[None, :]
     where = positions + row.to(tl.int64) * position_row + (start + local) * position_slot
     position = tl.load(where, mask=inside, other=0.0)
-    share = tl.load(turns + row * turn_row + f, mask=f < pairs, other=0.0)
+    share = tl.load(turns + row * turn_row + f, mask=f < PAIRS, other=0.0)
     turn = position[:, None] * share[None, :]
     angle = ((turn - tl.floor(turn + 0.5)) * 6.283185307179586).to(tl.float32)
     a = tl.load(ratio + row * ratio_row)
     cos, sin = tl.cos(angle) * a, tl.sin(angle) * a
     first = local[:, None] * key_slot + (2 * f if INTERLEAVED else f)[None, :] * key_entry
-    other = (2 * f + 1 if INTERLEAVED else f + pairs)[None, :] * key_entry
+    other = (2 * f + 1 if INTERLEAVED else f + PAIRS)[None, :] * key_entry
     other += local[:, None] * key_slot
     begin = row.to(tl.int64) * key_row + start.to(tl.int64) * key_slot
     for i in range(LAYERS):
         layer = group * LAYERS + i
         if layer < layers:
-            address = tl.multiple_of(tl.load(addresses + layer), ALIGNED)
-            keys = address.to(tl.pointer_type(TYPE)) + begin
+            keys = tl.load(addresses + layer).to(tl.pointer_type(TYPE))
+            keys = tl.multiple_of(keys, ALIGNED) + begin
             for head in range(heads):
                 here = keys + head * key_head
                 x = tl.load(here + first, mask=mask, other=0.0).to(tl.float32)
@@ -77,9 +77,9 @@ def turn_alike(
         _turn[(blocks, triton.cdiv(len(keys), layers), rows)](
             torch.tensor(addresses, device=keys[0].device), positions, turns, ratio,
             *keys[0].stride(), _row(positions), positions.stride(1), _row(turns), _row(ratio),
-            len(keys), heads, slots, pairs,
-            SLOTS=count, LAYERS=layers, BLOCK=block, INTERLEAVED=interleaved,
-            TYPE=_TYPES[keys[0].dtype], ALIGNED=reduce(math.gcd, addresses, 16),
+            len(keys), heads, slots,
+            SLOTS=count, LAYERS=layers, PAIRS=pairs, BLOCK=block,
+            INTERLEAVED=interleaved, TYPE=_TYPES[keys[0].dtype], ALIGNED=reduce(math.gcd, addresses, 16),
             num_warps=_WARPS,
         )  # fmt: skip
 

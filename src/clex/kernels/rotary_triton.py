@@ -30,7 +30,7 @@ _PAIRS_AT_ONCE = 2048
 @triton.jit
 def _tables(
     positions, inv_freq, factor, row, tokens, position_row, position_step, frequency_row,
-    factor_row, length, pairs, BLOCK: tl.constexpr, TABLE: tl.constexpr,
+    factor_row, length, PAIRS: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """cos and sin of a block of tokens, rounded as a table of `TABLE` would be; and positions."""
     f = tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def _tables(
         mask=tokens < length,
         other=0,
     ).to(tl.float32)
-    frequency = tl.load(inv_freq + row * frequency_row + f, mask=f < pairs, other=0.0)
+    frequency = tl.load(inv_freq + row * frequency_row + f, mask=f < PAIRS, other=0.0)
     a = tl.load(factor + row * factor_row)
     angle = position[:, None] * frequency[None, :]
     cos = (tl.cos(angle) * a).to(TABLE).to(tl.float32)
@@ -49,15 +49,15 @@ def _tables(
 
 @triton.jit
 def _turn(
-    x, y, cos, sin, x_step, x_entry, y_step, y_entry, local, inside, pairs, rest,
-    BLOCK: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, OUT: tl.constexpr,
+    x, y, cos, sin, x_step, x_entry, y_step, y_entry, local, inside, rest,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, OUT: tl.constexpr,
     ROUND: tl.constexpr,
 ):  # fmt: skip
     """Rotate a block of one head from `x` to `y`, both at their first token."""
     f = tl.arange(0, BLOCK)
     first = 2 * f if INTERLEAVED else f
-    other = 2 * f + 1 if INTERLEAVED else f + pairs
-    mask = inside[:, None] & (f < pairs)[None, :]
+    other = 2 * f + 1 if INTERLEAVED else f + PAIRS
+    mask = inside[:, None] & (f < PAIRS)[None, :]
     x_rows, y_rows = x + local[:, None] * x_step, y + local[:, None] * y_step
     a = tl.load(x_rows + first[None, :] * x_entry, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x_rows + other[None, :] * x_entry, mask=mask, other=0.0).to(tl.float32)
@@ -69,7 +69,7 @@ def _turn(
     if REST > 0:
         e = tl.arange(0, REST)
         mask_rest = inside[:, None] & (e < rest)[None, :]
-        entries = (2 * pairs + e)[None, :]
+        entries = (2 * PAIRS + e)[None, :]
         kept = tl.load(x_rows + entries * x_entry, mask=mask_rest, other=0.0)
         tl.store(y_rows + entries * y_entry, kept.to(OUT), mask=mask_rest)
     return a, b
@@ -81,9 +81,9 @@ def _forward(
     q_row, q_head, q_step, q_entry, k_row, k_head, k_step, k_entry,
     qo_row, qo_head, qo_step, qo_entry, ko_row, ko_head, ko_step, ko_entry,
     position_row, position_step, frequency_row, factor_row,
-    q_heads, k_heads, length, pairs, rest,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, Q_OUT: tl.constexpr, K_OUT: tl.constexpr,
+    q_heads, k_heads, length, rest,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, Q_OUT: tl.constexpr, K_OUT: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * TOKENS
     group, row = tl.program_id(1), tl.program_id(2)
@@ -91,7 +91,7 @@ def _forward(
     inside = start + local < length
     cos, sin, _, _ = _tables(
         positions, inv_freq, factor, row, start + local, position_row, position_step,
-        frequency_row, factor_row, length, pairs, BLOCK, TABLE,
+        frequency_row, factor_row, length, PAIRS, BLOCK, TABLE,
     )  # fmt: skip
     row, start = row.to(tl.int64), start.to(tl.int64)
     for i in range(HEADS):
@@ -100,29 +100,29 @@ def _forward(
             _turn(
                 q + row * q_row + head * q_head + start * q_step,
                 q_out + row * qo_row + head * qo_head + start * qo_step,
-                cos, sin, q_step, q_entry, qo_step, qo_entry, local, inside, pairs, rest,
-                BLOCK, REST, INTERLEAVED, Q_OUT, Q_OUT,
+                cos, sin, q_step, q_entry, qo_step, qo_entry, local, inside, rest,
+                PAIRS, BLOCK, REST, INTERLEAVED, Q_OUT, Q_OUT,
             )  # fmt: skip
         elif head < q_heads + k_heads:
             head -= q_heads
             _turn(
                 k + row * k_row + head * k_head + start * k_step,
                 k_out + row * ko_row + head * ko_head + start * ko_step,
-                cos, sin, k_step, k_entry, ko_step, ko_entry, local, inside, pairs, rest,
-                BLOCK, REST, INTERLEAVED, K_OUT, K_OUT,
+                cos, sin, k_step, k_entry, ko_step, ko_entry, local, inside, rest,
+                PAIRS, BLOCK, REST, INTERLEAVED, K_OUT, K_OUT,
             )  # fmt: skip
 
 
 @triton.jit
 def _pull(
-    g_a, g_b, out, step, entry, local, inside, pairs, BLOCK: tl.constexpr,
+    g_a, g_b, out, step, entry, local, inside, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """What a block of one head adds to the gradients of its angles and of the factor."""
     f = tl.arange(0, BLOCK)
     first = 2 * f if INTERLEAVED else f
-    other = 2 * f + 1 if INTERLEAVED else f + pairs
-    mask = inside[:, None] & (f < pairs)[None, :]
+    other = 2 * f + 1 if INTERLEAVED else f + PAIRS
+    mask = inside[:, None] & (f < PAIRS)[None, :]
     rows = out + local[:, None] * step
     a = tl.load(rows + first[None, :] * entry, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(rows + other[None, :] * entry, mask=mask, other=0.0).to(tl.float32)
@@ -136,9 +136,9 @@ def _backward(
     qo_row, qo_head, qo_step, qo_entry, ko_row, ko_head, ko_step, ko_entry,
     qr_row, qr_head, qr_step, qr_entry, kr_row, kr_head, kr_step, kr_entry,
     position_row, position_step, frequency_row, factor_row,
-    q_heads, k_heads, length, pairs, rest,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, Q_OUT: tl.constexpr, K_OUT: tl.constexpr,
+    q_heads, k_heads, length, rest,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, Q_OUT: tl.constexpr, K_OUT: tl.constexpr,
     Q_GRAD: tl.constexpr, K_GRAD: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
     """`q` and `k` are the gradients that arrive, `q_out` and `k_out` those that leave."""
@@ -149,7 +149,7 @@ def _backward(
     inside = start + local < length
     cos, sin, position, a = _tables(
         positions, inv_freq, factor, row, start + local, position_row, position_step,
-        frequency_row, factor_row, length, pairs, BLOCK, TABLE,
+        frequency_row, factor_row, length, PAIRS, BLOCK, TABLE,
     )  # fmt: skip
     row, start = row.to(tl.int64), start.to(tl.int64)
     turn = tl.zeros((TOKENS, BLOCK), dtype=tl.float32)
@@ -160,13 +160,22 @@ def _backward(
             g_a, g_b = _turn(
                 q + row * q_row + head * q_head + start * q_step,
                 q_out + row * qo_row + head * qo_head + start * qo_step,
-                cos, -sin, q_step, q_entry, qo_step, qo_entry, local, inside, pairs, rest,
-                BLOCK, REST, INTERLEAVED, Q_OUT, Q_GRAD,
+                cos, -sin, q_step, q_entry, qo_step, qo_entry, local, inside, rest,
+                PAIRS, BLOCK, REST, INTERLEAVED, Q_OUT, Q_GRAD,
             )  # fmt: skip
             if LEARNED:
                 rotated = q_rotated + row * qr_row + head * qr_head + start * qr_step
                 d_turn, d_size = _pull(
-                    g_a, g_b, rotated, qr_step, qr_entry, local, inside, pairs, BLOCK, INTERLEAVED
+                    g_a,
+                    g_b,
+                    rotated,
+                    qr_step,
+                    qr_entry,
+                    local,
+                    inside,
+                    PAIRS,
+                    BLOCK,
+                    INTERLEAVED,
                 )
                 turn += d_turn
                 size += d_size
@@ -175,21 +184,30 @@ def _backward(
             g_a, g_b = _turn(
                 k + row * k_row + head * k_head + start * k_step,
                 k_out + row * ko_row + head * ko_head + start * ko_step,
-                cos, -sin, k_step, k_entry, ko_step, ko_entry, local, inside, pairs, rest,
-                BLOCK, REST, INTERLEAVED, K_OUT, K_GRAD,
+                cos, -sin, k_step, k_entry, ko_step, ko_entry, local, inside, rest,
+                PAIRS, BLOCK, REST, INTERLEAVED, K_OUT, K_GRAD,
             )  # fmt: skip
             if LEARNED:
                 rotated = k_rotated + row * kr_row + head * kr_head + start * kr_step
                 d_turn, d_size = _pull(
-                    g_a, g_b, rotated, kr_step, kr_entry, local, inside, pairs, BLOCK, INTERLEAVED
+                    g_a,
+                    g_b,
+                    rotated,
+                    kr_step,
+                    kr_entry,
+                    local,
+                    inside,
+                    PAIRS,
+                    BLOCK,
+                    INTERLEAVED,
                 )
                 turn += d_turn
                 size += d_size
     if LEARNED:
         f = tl.arange(0, BLOCK)
         into = parts + part.to(tl.int64) * (pairs + 1)
-        tl.store(into + f, tl.sum(turn * position[:, None], axis=0), mask=f < pairs)
-        tl.store(into + pairs, tl.sum(tl.sum(size, axis=1), axis=0) / a)
+        tl.store(into + f, tl.sum(turn * position[:, None], axis=0), mask=f < PAIRS)
+        tl.store(into + PAIRS, tl.sum(tl.sum(size, axis=1), axis=0) / a)
 
 
 def _row(tensor: Tensor) -> int:
@@ -213,6 +231,7 @@ class _Launch:
         self.blocks = {
             "TOKENS": tokens,
             "HEADS": triton.cdiv(heads, groups),
+            "PAIRS": self.pairs,
             "BLOCK": block,
             "REST": triton.next_power_of_2(self.rest) if self.rest else 0,
         }
@@ -232,7 +251,7 @@ class _Launch:
                 *tensors, *tables,
                 *(stride for tensor in strided for stride in tensor.stride()),
                 _row(positions), positions.stride(1), _row(inv_freq), _row(factor),
-                self.q_heads, self.k_heads, self.length, self.pairs, self.rest,
+                self.q_heads, self.k_heads, self.length, self.rest,
                 **self.blocks, **constants, num_warps=_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
@@ -247,9 +266,7 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See `clex.kernels.rotary.rotate`."""
-    q_out, k_out = (
-        torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype)) for x in (q, k)
-    )
+    q_out, k_out = (torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype)) for x in (q, k))
     if q.numel():
         inv_freq = inv_freq.contiguous()
         _Launch(q, k, positions, inv_freq).run(
