@@ -205,7 +205,7 @@ def _backward(
                 size += d_size
     if LEARNED:
         f = tl.arange(0, BLOCK)
-        into = parts + part.to(tl.int64) * (pairs + 1)
+        into = parts + part.to(tl.int64) * (PAIRS + 1)
         tl.store(into + f, tl.sum(turn * position[:, None], axis=0), mask=f < PAIRS)
         tl.store(into + PAIRS, tl.sum(tl.sum(size, axis=1), axis=0) / a)
 
