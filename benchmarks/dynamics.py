@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> Log:
     weights = torch.randn(8, 64, generator=generator, device=device)
     weights = weights / ours.inv_freq_native
 
-    exact = step(in_float64(ours), scales[0].double(), weights.double())
+    exact = step(in_float64(ours), scales[0].double().cpu(), weights.double().cpu())
 
     def kernel(i: int) -> list[Tensor]:
         return step(ours, scales[i % 4], weights)

@@ -144,4 +144,5 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
 def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """||found - reference|| / ||reference|| in float64."""
     reference = reference.detach().double()
-    return float((found.detach().double() - reference).norm() / reference.norm())
+    found = found.detach().to(reference)
+    return float((found - reference).norm() / reference.norm())

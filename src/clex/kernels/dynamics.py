@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Frequencies for each program. A warp shares the hidden units of a few frequencies.
-_FREQUENCIES = 4
+_FREQUENCIES = 2
 _WARPS = 1
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import token_major
 from .switch import active
 
 
@@ -56,7 +57,7 @@ def _(
     interleaved: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype)) for x in (q, k))
+    return tuple(token_major(x, torch.promote_types(x.dtype, dtype)) for x in (q, k))
 
 
 @torch.library.custom_op("clex::rotate_backward", mutates_args=())
@@ -114,8 +115,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = len(grad_q) if out else 0
     return (
-        torch.empty_like(grad_q, dtype=q_dtype),
-        torch.empty_like(grad_k, dtype=k_dtype),
+        token_major(grad_q, q_dtype),
+        token_major(grad_k, k_dtype),
         inv_freq.new_empty(rows, inv_freq.shape[1] + 1),
     )
 
@@ -155,7 +156,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     size = cos.shape[-1]
     first, second = _pairs(x, size, interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
-    out = torch.empty_like(x, dtype=turned[0].dtype)
+    out = token_major(x, turned[0].dtype)
     for target, value in zip(_pairs(out, size, interleaved), turned, strict=True):
         target.copy_(value)
     out[..., 2 * size :] = x[..., 2 * size :]
