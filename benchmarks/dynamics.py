@@ -28,7 +28,9 @@ def step(scaling: Clex, t: Tensor, weights: Tensor) -> list[Tensor]:
     """Frequencies at scales `t`, their gradients, and nothing kept."""
     inv_freq = scaling.inv_freq(t)
     parameters = list(scaling.field.parameters())
-    return [inv_freq, *torch.autograd.grad((inv_freq * weights).sum(), parameters)]
+    grads = torch.autograd.grad((inv_freq * weights).sum(), parameters)
+    # A graph that lives on ties the parameters to its stream, and no other could be captured.
+    return [inv_freq.detach(), *grads]
 
 
 def released_step(scaling: Clex, t: Tensor, weights: Tensor) -> list[Tensor]:

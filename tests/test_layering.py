@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "clex"
 PICTURE = (
     ("version", "errors"),
     ("config", "files", "rope"),
-    ("kernels.switch",),
+    ("kernels.switch", "kernels.layout"),
     ("kernels.*_triton",),
     ("kernels.*",),
     ("kernels",),

@@ -1,9 +1,10 @@
 """The seam of the fused rotation: one name inside a host's attention, rebound on its instances.
 
 A decoder computes (cos, sin) once and hands the pair, unopened, to every layer, where attention
-calls the function `apply_rotary_pos_emb` of its modeling file. Here each attention instance gets a
-`forward` that is the host's own code with that one name bound to the fused rotation, and the
-pair becomes (positions, `Angles`). Classes, modeling files and other models stay as they are.
+calls the function `apply_rotary_pos_emb` of its modeling file. Here each attention instance moves
+to a subclass whose `forward` is the host's own code with that one name bound to the fused rotation,
+and the pair becomes (positions, `Angles`). Classes, modeling files and other models stay as they
+are.
 
 An instance is fused where an experiment finds the same numbers as the host's, bit for bit. Others
 get cos and sin as ever.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ..kernels.rotary import rotate
 
 _APPLY = "apply_rotary_pos_emb"
+_HOST = "clex_host"
 _PARAMETERS = ["q", "k", "cos", "sin", "unsqueeze_dim"]
 
 
@@ -61,15 +63,33 @@ def fuse(decoder: nn.Module, tables: Tables, inv_freq: Tensor) -> bool | None:
     if len(layouts) != 1 or None in layouts:
         return None
     for user in users:
-        user.forward = functools.partial(_forward, user)
+        user.__class__ = fused_class(type(user))
     return layouts.pop()
 
 
 def unfuse(module: nn.Module) -> None:
     """Undo `fuse` on one module; does nothing to any other."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) and forward.func is _forward:
-        del module.__dict__["forward"]
+    host = type(module).__dict__.get(_HOST)
+    if host is not None:
+        module.__class__ = host
+
+
+@functools.cache
+def fused_class(host: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an attention class that rotates in one operator."""
+
+    def reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _new, (host,), module.__dict__
+
+    # One class for all layers, so that the compiler finds one code in all of them.
+    parts = {"forward": _rebind(host), "__reduce_ex__": reduce, _HOST: host}
+    return type(host.__name__, (host,), {"__module__": host.__module__, **parts})
+
+
+def _new(host: type[nn.Module]) -> nn.Module:
+    """An empty instance; found by name, so that fused models can be pickled."""
+    kind = fused_class(host)
+    return kind.__new__(kind)
 
 
 def _opens_pair(kind: type[nn.Module]) -> bool:
@@ -103,17 +123,6 @@ def _layout(kind: type[nn.Module], tables: Tables, inv_freq: Tensor) -> bool | N
         if all(same):
             return interleaved
     return None
-
-
-_rebound: dict[type[nn.Module], FunctionType] = {}
-
-
-def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`forward` of a fused attention; found by name, so that models are copied and pickled."""
-    kind = type(module)
-    if kind not in _rebound:
-        _rebound[kind] = _rebind(kind)
-    return _rebound[kind](module, *args, **kwargs)
 
 
 def _rebind(kind: type[nn.Module]) -> FunctionType:

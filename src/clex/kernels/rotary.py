@@ -18,7 +18,6 @@ from .layout import token_major
 from .switch import active
 
 
-@torch.library.custom_op("clex::rotate", mutates_args=())
 def rotate(
     q: Tensor,
     k: Tensor,
@@ -39,6 +38,23 @@ def rotate(
         interleaved: whether pairs are neighbours (0, 1), (2, 3) ..., or halves (0, F) ...
         dtype: of cos and sin; the result has that of their product with `q` and `k`.
     """
+    inputs = q, k, positions, inv_freq, factor, interleaved, dtype
+    if torch.compiler.is_compiling():
+        return rotate_operator(*inputs)
+    # An operator costs the host as much again as the launch of its kernel.
+    turned: tuple[Tensor, Tensor] = _Rotate.apply(*inputs)
+    return turned
+
+
+def _rotate(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    factor: Tensor,
+    interleaved: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     if active(q):
         from .rotary_triton import forward
 
@@ -47,7 +63,10 @@ def rotate(
     return _turned(q, cos, sin, interleaved), _turned(k, cos, sin, interleaved)
 
 
-@rotate.register_fake
+rotate_operator = torch.library.custom_op("clex::rotate", _rotate, mutates_args=())
+
+
+@rotate_operator.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -60,8 +79,7 @@ def _(
     return tuple(token_major(x, torch.promote_types(x.dtype, dtype)) for x in (q, k))
 
 
-@torch.library.custom_op("clex::rotate_backward", mutates_args=())
-def rotate_backward(
+def _rotate_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     out: list[Tensor],
@@ -100,7 +118,12 @@ def rotate_backward(
     return *grads, by_row[0] + by_row[1]
 
 
-@rotate_backward.register_fake
+backward_operator = torch.library.custom_op(
+    "clex::rotate_backward", _rotate_backward, mutates_args=()
+)
+
+
+@backward_operator.register_fake
 def _(
     grad_q: Tensor,
     grad_k: Tensor,
@@ -129,11 +152,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(positions, inv_freq, factor, *kept)
 
 
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, work: Any) -> tuple[Any, ...]:
     positions, inv_freq, factor, *out = ctx.saved_tensors
-    *grads, by_row = rotate_backward(
-        grad_q, grad_k, out, positions, inv_freq, factor, *ctx.settings
-    )
+    *grads, by_row = work(grad_q, grad_k, out, positions, inv_freq, factor, *ctx.settings)
     if not ctx.learned:
         return *grads, None, None, None, None, None
     # One row of frequencies, or of factors, may serve all rows of the batch.
@@ -141,7 +162,20 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
     return *grads, None, *learned, None, None
 
 
-rotate.register_autograd(_backward, setup_context=_setup)
+rotate_operator.register_autograd(
+    lambda ctx, *grads: _backward(ctx, *grads, backward_operator), setup_context=_setup
+)
+
+
+class _Rotate(torch.autograd.Function):
+    """The same outside of the compiler."""
+
+    forward = staticmethod(_rotate)
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, *grads, _rotate_backward)
 
 
 def _cos_sin(

@@ -270,9 +270,7 @@ def backward(
     q, k, positions, inv_freq = map(_dense, (grad_q, grad_k, positions, inv_freq))
     q_out, k_out = token_major(q, q_dtype), token_major(k, k_dtype)
     grid, blocks = _blocks(q, k, inv_freq.shape[1])
-    parts = inv_freq.new_empty(
-        grid[2] if out else 0, grid[0] * grid[1], inv_freq.shape[1] + 1
-    )
+    parts = inv_freq.new_empty(grid[2] if out else 0, grid[0] * grid[1], inv_freq.shape[1] + 1)
     if q_out.numel():
         with torch.cuda.device_of(q):
             _backward[grid](
