@@ -12,8 +12,10 @@ get cos and sin as ever.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -74,6 +76,29 @@ def unfuse(module: nn.Module) -> None:
         module.__class__ = host
 
 
+def _only_applies(forward: Any) -> bool:
+    """Whether cos and sin go into one call of `apply_rotary_pos_emb` and nowhere else."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):
+        return False
+    loads = [
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    ]
+    given = [
+        [ast.unparse(argument) for argument in (*node.args, *(k.value for k in node.keywords))]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == _APPLY
+    ]
+    return (
+        len(given) == 1
+        and given[0][2:4] == ["cos", "sin"]
+        and loads.count("cos") == loads.count("sin") == 1
+    )
+
+
 @functools.cache
 def fused_class(host: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an attention class that rotates in one operator."""
@@ -101,7 +126,7 @@ def _layout(kind: type[nn.Module], tables: Tables, inv_freq: Tensor) -> bool | N
     """Whether pairs are interleaved; `None` if the fused rotation is not this host's."""
     forward: Any = kind.forward
     apply = getattr(forward, "__globals__", {}).get(_APPLY)
-    if apply is None or _APPLY not in forward.__code__.co_names:
+    if apply is None or not _only_applies(forward):
         return None
     if list(inspect.signature(apply).parameters) != _PARAMETERS:
         return None

@@ -4,6 +4,6 @@
 installed or `use` has switched the kernels off, the plain implementation runs.
 """
 
-from .switch import active, use
+from .switch import active, has_kernels, use
 
-__all__ = ["active", "use"]
+__all__ = ["active", "has_kernels", "use"]

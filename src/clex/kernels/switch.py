@@ -19,7 +19,12 @@ _wanted = os.environ.get(OFF, "0") == "0"
 
 def active(tensor: Tensor) -> bool:
     """Whether work on `tensor` goes to the kernels, which know no float64."""
-    return _wanted and _installed and tensor.is_cuda and tensor.dtype != torch.float64
+    return has_kernels(tensor) and tensor.dtype != torch.float64
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the device of `tensor` has kernels that are switched on."""
+    return _wanted and _installed and tensor.is_cuda
 
 
 @contextmanager
