@@ -49,18 +49,24 @@ class Angles(NamedTuple):
 Tables = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 
 
-def fuse(decoder: nn.Module, tables: Tables, inv_freq: Tensor) -> bool | None:
+def fuse(decoder: nn.Module, rope: nn.Module, tables: Tables, inv_freq: Tensor) -> bool | None:
     """Fuse the rotation into the attention of `decoder`, if all of it can be.
 
     Args:
         decoder: module that hands the rotary's pair to its layers.
+        rope: the rotary.
         tables: the host's rotary, from x, position_ids (B, T), inv_freq (B, F) and factor (B,).
         inv_freq: (F,), any frequencies of the model, on its device.
 
     Returns:
         Whether its pairs are interleaved; `None` where the host keeps cos and sin.
     """
-    users = [module for module in decoder.modules() if _opens_pair(type(module))]
+    rotaries = {id(module) for module in rope.modules()}
+    users = [
+        module
+        for module in decoder.modules()
+        if id(module) not in rotaries and _opens_pair(type(module))
+    ]
     layouts = {_layout(type(user), tables, inv_freq) for user in users}
     if len(layouts) != 1 or None in layouts:
         return None
@@ -118,7 +124,7 @@ def _new(host: type[nn.Module]) -> nn.Module:
 
 
 def _opens_pair(kind: type[nn.Module]) -> bool:
-    code = getattr(kind.forward, "__code__", None)
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and (_APPLY in code.co_names or {"cos", "sin"} <= {*code.co_varnames})
 
 
@@ -126,7 +132,7 @@ def _layout(kind: type[nn.Module], tables: Tables, inv_freq: Tensor) -> bool | N
     """Whether pairs are interleaved; `None` if the fused rotation is not this host's."""
     forward: Any = kind.forward
     apply = getattr(forward, "__globals__", {}).get(_APPLY)
-    if apply is None or not _only_applies(forward):
+    if apply is None or hasattr(forward, "__wrapped__") or not _only_applies(forward):
         return None
     if list(inspect.signature(apply).parameters) != _PARAMETERS:
         return None

@@ -230,7 +230,7 @@ class ScaledRope(nn.Module):
 
         native: Any = scaling.inv_freq_native
         with torch.no_grad():
-            self.interleaved = fuse(decoder, tables, native)
+            self.interleaved = fuse(decoder, self, tables, native)
 
     def _try_rows(self) -> bool:
         """Whether the host's code takes one frequency vector a row, as recent releases do."""
