@@ -5,13 +5,13 @@
         --out DIR
     python -m benchmarks.decoding Llama-3.2-1B --contexts 65536 --cache static --graph --out DIR
 
-MODEL may also be a shape of `benchmarks.models`, with random weights. ``--graph`` records one step
-as a CUDA graph and replays it, for both models. Both models have the same weights, the same kind of cache and the same random tokens. For each
-context the cache is filled once; then `--tokens` single tokens are decoded again and again, the two
-models in turn, so that a change in the state of the machine meets both. The plain model is measured
-beyond its window as well: what it says there is of no use, but takes as long. The extended one
-decodes at the scale of context + tokens, held as `generate` does. Only forward passes are timed,
-not sampling.
+MODEL may also be a shape of `benchmarks.models`, with random weights. Both models have the same
+weights, the same kind of cache and the same random tokens. For each context the cache is filled
+once; then `--tokens` single tokens are decoded again and again, the two models in turn, so that a
+change in the state of the machine meets both. ``--graph`` records one step as a CUDA graph and
+replays it, for both. The plain model is measured beyond its window as well: what it says there is
+of no use, but takes as long. The extended one decodes at the scale of context + tokens, held as
+`generate` does. Only forward passes are timed, not sampling.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Decoding]:
         "graph": args.graph,
         "compiled": f"{args.backend}, {args.compile_mode or 'default'}" if args.compile else "no",
     }
-    name = f"decoding-{args.cache}{'-compiled' if args.compile else ''}{'-graph' if args.graph else ''}"
+    form = "-compiled" * args.compile + "-graph" * args.graph
+    name = f"decoding-{args.cache}{form}"
     for context in args.contexts:
         ids = torch.randint(vocabulary, (1, context), generator=generator).to(device)
         scale = scale_for(extended, context + args.tokens)

@@ -117,7 +117,7 @@ def _commit() -> str:
 
 
 class Log:
-    """Rows of a benchmark, written again after each case: borrowed machines may stop at any time."""
+    """Rows of a benchmark, written again after each case: a machine may stop at any time."""
 
     def __init__(self, name: str, out: Path, settings: dict[str, Any]) -> None:
         self.name, self.out, self.settings = name, out, settings

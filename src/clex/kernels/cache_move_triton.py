@@ -79,8 +79,8 @@ def turn_alike(
             *keys[0].stride(), _row(positions), positions.stride(1), _row(turns), _row(ratio),
             len(keys), heads, slots,
             SLOTS=count, LAYERS=layers, PAIRS=pairs, BLOCK=block,
-            INTERLEAVED=interleaved, TYPE=_TYPES[keys[0].dtype], ALIGNED=reduce(math.gcd, addresses, 16),
-            num_warps=_WARPS,
+            INTERLEAVED=interleaved, TYPE=_TYPES[keys[0].dtype],
+            ALIGNED=reduce(math.gcd, addresses, 16), num_warps=_WARPS,
         )  # fmt: skip
 
 
