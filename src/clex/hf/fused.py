@@ -55,7 +55,8 @@ def fuse(decoder: nn.Module, rope: nn.Module, tables: Tables, inv_freq: Tensor) 
     Args:
         decoder: module that hands the rotary's pair to its layers.
         rope: the rotary.
-        tables: the host's rotary, from x, position_ids (B, T), inv_freq (B, F) and factor (B,).
+        tables: the host's rotary, from x, position_ids (B, T), inv_freq (B, F) and factor (B,):
+            what it returns, and the factor that is on it.
         inv_freq: (F,), any frequencies of the model, on its device.
 
     Returns:
@@ -145,11 +146,11 @@ def _layout(kind: type[nn.Module], tables: Tables, inv_freq: Tensor) -> bool | N
     for interleaved in (False, True):
         same = []
         for dtype in (torch.float32, torch.bfloat16):
-            pair = tables(q.to(dtype)[:, 0], position_ids, rows, factor)
+            pair, whole = tables(q.to(dtype)[:, 0], position_ids, rows, factor)
             if isinstance(pair, Tensor) or any(x.shape != (2, 3, size) for x in pair):
                 return None
             theirs = apply(q.to(dtype), k.to(dtype), *pair)
-            ours = rotate(q.to(dtype), k.to(dtype), position_ids, rows, factor, interleaved, dtype)
+            ours = rotate(q.to(dtype), k.to(dtype), position_ids, rows, whole, interleaved, dtype)
             same += [torch.equal(a, b) for a, b in zip(theirs, ours, strict=True)]
         if all(same):
             return interleaved

@@ -95,7 +95,7 @@ class ScaledRope(nn.Module):
             table = self.positions.to(x.device).expand(position_ids.shape[-2], -1)
             position_ids = table.gather(1, position_ids)
         if self.interleaved is not None and active(x) and position_ids.dim() == 2:
-            factor = factor * self._stock_factor(layer_type)
+            factor = self._with_stock(factor, layer_type)
             return position_ids, Angles(inv_freq, factor, self.interleaved, x.dtype)
         return self._call(x, position_ids, inv_freq, factor, layer_type)
 
@@ -201,7 +201,7 @@ class ScaledRope(nn.Module):
         layer_type: str | None,
     ) -> Any:
         prefix = "" if layer_type is None else f"{layer_type}_"
-        factor = factor * self._stock_factor(layer_type)
+        factor = self._with_stock(factor, layer_type)
         view = _View(
             self.stock,
             {
@@ -215,20 +215,22 @@ class ScaledRope(nn.Module):
         raw_forward = inspect.unwrap(type(self.stock).forward)
         return raw_forward(view, x, position_ids, *extra)
 
-    def _stock_factor(self, layer_type: str | None) -> Any:
+    def _with_stock(self, factor: Tensor, layer_type: str | None) -> Tensor:
+        """`factor` times that of the host's own rotary, which is 1 in nearly all."""
         prefix = "" if layer_type is None else f"{layer_type}_"
-        return getattr(self.stock, f"{prefix}attention_scaling")
+        own = getattr(self.stock, f"{prefix}attention_scaling")
+        return factor if own == 1 else factor * own
 
     def fuse(self, decoder: nn.Module) -> None:
         """Let the attention of `decoder` rotate in one kernel where the model is on a GPU."""
         key, scaling = next(iter(self.scalings.items()))
         layer_type = None if key == ALL_LAYERS else key
-        factor = self._stock_factor(layer_type)
-
-        def tables(x: Tensor, position_ids: Tensor, inv_freq: Tensor, a: Tensor) -> Any:
-            return self._call(x, position_ids, inv_freq, a / factor, layer_type)
-
         native: Any = scaling.inv_freq_native
+
+        def tables(x: Tensor, position_ids: Tensor, inv_freq: Tensor, factor: Tensor) -> Any:
+            pair = self._call(x, position_ids, inv_freq, factor, layer_type)
+            return pair, self._with_stock(factor, layer_type)
+
         with torch.no_grad():
             self.interleaved = fuse(decoder, self, tables, native)
 
