@@ -65,7 +65,7 @@ PICTURE = (
     ("export.engines",),
     ("export.parity", "export.workflow"),
     ("export",),
-    ("demo", "demo.*", "conversation"),
+    ("demo", "demo.*", "conversation", "doctor"),
     ("cli.app",),
     ("cli.*",),
     ("cli",),
