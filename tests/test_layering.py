@@ -39,7 +39,7 @@ PICTURE = (
     ("training",),
     ("evaluation.haystacks",),
     ("evaluation.statistics", "evaluation.token_bytes"),
-    ("evaluation.scores",),
+    ("evaluation.scores", "evaluation.alignment"),
     ("evaluation.perplexity", "evaluation.jsonl", "evaluation.retrieval"),
     ("evaluation.*",),
     ("evaluation",),
