@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import exports
@@ -12,11 +14,13 @@ import torch
 import vllm
 from torch import Tensor
 from typer.testing import CliRunner
+from vllm.config import CompilationMode
 from vllm.exceptions import VLLMValidationError
 
 from clex.cli import app
 from clex.errors import ConfigError, UnsupportedModelError
 from clex.export import verify
+from clex.serving import vllm_models
 from clex.serving.length_classes import LengthClasses
 from clex.serving.vllm_requests import RequestScales
 
@@ -61,7 +65,10 @@ def start(folder: Path, **settings: Any) -> vllm.LLM:
 
 @pytest.fixture(scope="module")
 def server(out: Path) -> Iterator[vllm.LLM]:
-    """Prompts are read in pieces of 48 tokens, and four requests run at once."""
+    """Prompts are read in pieces of 48 tokens, and four requests run at once.
+
+    A process has one vLLM at a time, and the next one ends it: tests that take this come first.
+    """
     yield start(out, max_num_seqs=4, max_num_batched_tokens=48)
 
 
@@ -143,14 +150,6 @@ def test_each_request_of_a_batch_has_its_own_scale(
                 assert exports.difference(said, live(llama, ids, other)) > 0.1
 
 
-def test_short_requests_are_the_plain_model_bit_for_bit(llama: Path, server: vllm.LLM) -> None:
-    ids = exports.make_ids(40)
-    ((_, said),) = ask(server, [ids], [8], [None])
-    plain = start(llama, logits_processors=None, max_num_seqs=4, max_num_batched_tokens=48)
-    ((_, wanted),) = ask(plain, [ids], [8], [None])
-    assert torch.equal(said, wanted)
-
-
 @pytest.mark.parametrize("wish", [0.5, "two", float("nan")])
 def test_a_wish_that_is_no_scale_is_refused_and_the_server_goes_on(
     wish: Any, llama: Path, server: vllm.LLM
@@ -162,8 +161,17 @@ def test_a_wish_that_is_no_scale_is_refused_and_the_server_goes_on(
     assert exports.difference(said, live(llama, ids, 2.0)) < 1e-4
 
 
+def test_short_requests_are_the_plain_model_bit_for_bit(llama: Path, server: vllm.LLM) -> None:
+    ids = exports.make_ids(40)
+    ((_, said),) = ask(server, [ids], [8], [None])
+    plain = start(llama, logits_processors=None, max_num_seqs=4, max_num_batched_tokens=48)
+    ((_, wanted),) = ask(plain, [ids], [8], [None])
+    assert torch.equal(said, wanted)
+
+
 def test_compiled(llama: Path, out: Path) -> None:
     server = start(out, enforce_eager=False, max_num_seqs=4, max_num_batched_tokens=48)
+    assert server.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
     prompts = [exports.make_ids(n, seed=n) for n in (40, 200, 100)]
     for (ids, said), t in zip(ask(server, prompts, [8] * 3, [None] * 3), (1, 4, 2), strict=True):
         assert exports.difference(said, live(llama, ids, t)) < 1e-4
@@ -223,8 +231,6 @@ def test_the_command_and_a_stale_table(llama: Path, tmp_path: Path) -> None:
     good = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert good.exit_code == 0, good.output
     # Tables of one class for all: what verify must see.
-    import json
-
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     classes = LengthClasses.from_dict(config["clex_scales"]).to_dict()
@@ -241,13 +247,7 @@ def test_a_longer_window_than_the_longest_class_is_refused(
         start(out, max_model_len=512)
 
 
-def test_a_backend_without_request_borders_is_refused(
-    server: vllm.LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from types import SimpleNamespace
-
-    from clex.serving import vllm_models
-
+def test_a_backend_without_request_borders_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(attn_metadata={"layer": SimpleNamespace()})
     monkeypatch.setattr(vllm_models, "get_forward_context", lambda: context)
     model = SimpleNamespace(shifted=torch.zeros(8, dtype=torch.int64))

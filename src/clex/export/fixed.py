@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -120,8 +121,8 @@ def length_classes(model: nn.Module, scales: Sequence[float]) -> LengthClasses:
     """
     scaling = _only_scaling(model)
     most = scaling.config.max_scale
-    rising = all(a < b for a, b in zip(scales, scales[1:], strict=False))
-    if len(scales) < 2 or not rising or not (1 <= scales[0] and scales[-1] <= most):
+    rising = all(a < b for a, b in pairwise(scales))
+    if len(scales) < 2 or not rising or not (scales[0] >= 1 and scales[-1] <= most):
         raise ConfigError(
             f"scales {', '.join(f'{t:g}' for t in scales)} cannot be exported (valid: two or more,"
             f" rising, from 1 to {most:g})"
