@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedModelError
-from ..serving.length_classes import REQUEST_KEY
+from ..serving.length_classes import PROCESSOR, REQUEST_KEY
 from .record import ExportRecord
 from .scores import Scores
 
@@ -43,9 +43,7 @@ class VllmEngine:
 
         processors: dict[str, Any] = {}
         if record.scales:
-            from ..serving.vllm_requests import RequestScales
-
-            processors = {"logits_processors": [RequestScales]}
+            processors = {"logits_processors": [PROCESSOR]}
         # vLLM sets the threads of the whole process.
         threads = torch.get_num_threads()
         try:

@@ -33,6 +33,10 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 
+# By name, so that a process without vLLM can tell a user what to type.
+PROCESSOR = "clex.serving.vllm_requests:RequestScales"
+MANY_SCALES_FLAGS = f"--no-enable-prefix-caching --logits-processors {PROCESSOR}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LengthClasses:

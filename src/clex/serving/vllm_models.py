@@ -22,8 +22,8 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ..errors import ConfigError, UnsupportedModelError
-from .length_classes import LengthClasses, shift_positions
-from .vllm_requests import FLAG, RequestScales, classes_of
+from .length_classes import PROCESSOR, LengthClasses, shift_positions
+from .vllm_requests import RequestScales, classes_of
 
 
 class StackedRope(RotaryEmbedding):  # type: ignore[misc]
@@ -122,7 +122,9 @@ def _require_settings(vllm_config: Any, classes: LengthClasses) -> None:
 def _requests_of(vllm_config: Any) -> RequestScales:
     found = RequestScales.latest
     if found is None or found.vllm_config is not vllm_config:
-        raise ConfigError(f"the scales of requests are not known; start vLLM with {FLAG}")
+        raise ConfigError(
+            f"the scales of requests are not known; start vLLM with --logits-processors {PROCESSOR}"
+        )
     return found
 
 

@@ -2,8 +2,7 @@
 
 vLLM tells its logits processors which request stands in which row of the batch, before each forward
 pass. This one leaves the logits alone and keeps the table that the model looks into. It is loaded
-by name (``--logits-processors clex.serving.vllm_requests:RequestScales``) and not by an entry
-point, so that servers of other models never meet it.
+by name (`PROCESSOR`) and not by an entry point, so that servers of other models never meet it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from ..errors import ConfigError
 from .length_classes import CONFIG_KEY, REQUEST_KEY, LengthClasses, require_scale
-
-FLAG = f"--logits-processors {__name__}:RequestScales"
 
 
 def classes_of(vllm_config: Any) -> LengthClasses:
