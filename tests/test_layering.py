@@ -69,7 +69,7 @@ PICTURE = (
     ("export.engines",),
     ("export.parity", "export.workflow"),
     ("export",),
-    ("demo", "demo.*", "conversation"),
+    ("demo", "demo.*", "conversation", "doctor"),
     ("cli.app",),
     ("cli.*",),
     ("cli",),

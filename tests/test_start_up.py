@@ -1,0 +1,44 @@
+"""Importing clex and asking for help load none of the heavy packages."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIGHT = {"rich", "typer", "packaging"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages that a new interpreter has loaded after `code`."""
+    code += "\nimport json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def heavy() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {text.split(">")[0].split("=")[0] for text in project["dependencies"]}
+    assert {"torch", "transformers", "datasets", "numpy", "matplotlib"} <= names
+    return names - LIGHT
+
+
+def test_importing_clex_loads_nothing_heavy() -> None:
+    loaded = loaded_by("import clex")
+    assert "clex" in loaded and not loaded & heavy()
+
+
+@pytest.mark.parametrize("command", ["", "extend", "eval", "eval ppl", "compare", "doctor"])
+def test_help_loads_nothing_heavy(command: str) -> None:
+    arguments = [*command.split(), "--help"]
+    loaded = loaded_by(f"from clex.cli import app; app({arguments}, standalone_mode=False)")
+    assert "typer" in loaded and not loaded & heavy()
+
+
+def test_the_check_sees_what_is_loaded() -> None:
+    assert "numpy" in loaded_by("import clex, numpy")
