@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "clex"
 PICTURE = (
     ("version", "errors"),
     ("config", "files", "rope"),
-    ("run_folder",),
+    ("run_folder", "digests"),
     ("temperature", "solvers", "positions"),
     ("fields", "scaling.post"),
     ("scaling.base",),
@@ -28,7 +28,7 @@ PICTURE = (
     ("hf.session",),
     ("hf.specimens",),
     ("hf.families",),
-    ("hf.models",),
+    ("hf.models", "hf.adapter"),
     ("hf.checkpoint",),
     ("hf.skeleton",),
     ("hf.official",),

@@ -29,8 +29,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import ClexConfig
 from .data import WindowPlan, Windows, collate
-from .errors import ConfigError, TrainingError, unknown
-from .files import write_json
+from .digests import digests_of, require_digests
+from .errors import CheckpointError, ConfigError, TrainingError, unknown
+from .files import output_errors, read_json, write_json
 from .hf.checkpoint import WEIGHTS_FILE, Weights, load_extension_state, save
 from .hf.extend import at_scale, config_of, require_extension
 from .hf.loss import TokenLoss
@@ -180,6 +181,8 @@ def train(
         ConfigError: the train length does not fit the model or the sampler.
         DataError: documents are too short.
         TrainingError: the loss became NaN or infinite; the last good checkpoint is kept.
+        CheckpointError: the checkpoint to go on from is damaged.
+        OutputError: the disk is full, or `folder` cannot be written.
     """
     folder = Path(folder)
     extension = config_of(model)
@@ -199,6 +202,8 @@ def train(
     shown = _Progress(trainer, folder / "log.jsonl", console or Console(stderr=True))
     trainer.add_callback(shown)
     checkpoint = _last_complete(folder / "checkpoints")
+    if checkpoint is not None:
+        _require_undamaged(Path(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -447,10 +452,13 @@ class ExtensionTrainer(Trainer):
         learned = [p for p in self.extended.parameters() if p.requires_grad]
         finite = torch.stack([p.detach().isfinite().all() for p in learned]).all()
         self._require_finite(finite, self.state.global_step, "gradient")
-        super()._save_checkpoint(model, trial)
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        with output_errors(folder):
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = self.folder / f"checkpoint-{self.state.global_step}"
-            write_json(folder / _COMPLETE, {"step": self.state.global_step})
+            files = [file.name for file in folder.iterdir() if file.is_file()]
+            record = {"step": self.state.global_step, "sha256": digests_of(folder, files)}
+            write_json(folder / _COMPLETE, record)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         save(
@@ -481,6 +489,17 @@ def _last_complete(folder: Path) -> str | None:
             return last
         shutil.rmtree(last)
     return None
+
+
+def _require_undamaged(checkpoint: Path) -> None:
+    try:
+        recorded = read_json(checkpoint / _COMPLETE).get("sha256", {})
+        require_digests(checkpoint, recorded)
+    except (CheckpointError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {error}; delete that folder to go on from the one"
+            " before it"
+        ) from None
 
 
 class _Progress(TrainerCallback):
@@ -519,9 +538,10 @@ class _Progress(TrainerCallback):
             "tokens_per_second": round(speed),
             **logs,
         }
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with output_errors(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

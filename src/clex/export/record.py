@@ -36,6 +36,7 @@ class ExportRecord:
         queries: what was done to the query weights, in words.
         gguf: the file whose tensors were copied, if so.
         versions: of what the result depends on.
+        sha256: of the files of the export, by name.
     """
 
     target: str
@@ -55,6 +56,7 @@ class ExportRecord:
     queries: str
     gguf: str | None
     versions: dict[str, str]
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the record into an export."""

