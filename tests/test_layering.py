@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "clex"
 PICTURE = (
     ("version", "errors"),
     ("config", "files", "rope"),
-    ("run_folder", "digests"),
+    ("run_folder", "digests", "decoding"),
     ("temperature", "solvers", "positions"),
     ("fields", "scaling.post"),
     ("scaling.base",),
