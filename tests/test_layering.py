@@ -58,7 +58,7 @@ PICTURE = (
     ("comparison",),
     ("export.factors", "export.families", "export.record", "export.scores"),
     ("export.fixed", "export.gguf_blocks"),
-    ("export.queries", "export.gguf_file"),
+    ("export.queries", "export.gguf_file", "export.gguf_header"),
     ("export.hf",),
     ("export.source", "export.card", "export.gguf_copy", "export.gguf_convert"),
     ("export.vllm",),

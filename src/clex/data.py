@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .decoding import clean, read_lines, read_text, require_size
 from .errors import DataError
+from .files import output_errors
 from .positions import uniform
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
@@ -133,6 +134,7 @@ def load_tokens(source: str | Path, tokenizer: Any, field: str = "text") -> data
 
     Raises:
         DataError: nothing readable, or no text.
+        OutputError: the table cannot be written, such as on a full disk.
     """
     text = str(source)
     if not Path(text).exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
@@ -156,20 +158,28 @@ def load_tokens(source: str | Path, tokenizer: Any, field: str = "text") -> data
         files = find_files(source)
         stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         try:
-            tokens = datasets.Dataset.from_generator(
-                _token_rows,
-                gen_kwargs={"stamps": stamps, "field": field, "tokenizer": tokenizer},
-            )
+            with output_errors(Path(datasets.config.HF_DATASETS_CACHE)):
+                tokens = _table(stamps, field, tokenizer)
         except datasets.exceptions.DatasetGenerationError as error:
-            cause = error.__cause__
-            if isinstance(cause, DataError):
-                raise cause from None
+            if isinstance(error.__cause__, DataError):
+                raise error.__cause__ from None
             if len(list(read_documents(files, field))) == 0:
                 raise DataError(f"no text in {source}") from None
             raise
     if len(tokens) == 0 or max(tokens["length"], default=0) == 0:
         raise DataError(f"no text in {source}")
     return tokens
+
+
+def _table(stamps: list[tuple[str, int, int]], field: str, tokenizer: Any) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_generator(
+            _token_rows, gen_kwargs={"stamps": stamps, "field": field, "tokenizer": tokenizer}
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _token_rows(

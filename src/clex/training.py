@@ -40,6 +40,8 @@ from .positions import parse_mixture, sample_positions
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
 _COMPLETE = "complete.json"
+# A comparison lists the windows of each method, so that they cannot be without number.
+_MOST_WINDOWS = 2**27
 
 # What is tried first at each depth; see docs/log.md for the runs that chose these.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -141,8 +143,16 @@ class TrainConfig:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
+        windows = self.steps * self.batch_size * self.accumulation
+        if windows > _MOST_WINDOWS:
+            raise ConfigError(
+                f"steps * batch_size * accumulation = {windows:,} windows are out of range (valid:"
+                f" up to {_MOST_WINDOWS:,})"
+            )
         if self.train_length is not None and not 8 <= self.train_length <= 2**27:
             raise ConfigError(f"train_length = {self.train_length} is out of range (at least 8)")
 
@@ -195,6 +205,8 @@ def train(
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
     assert extension.native_length is not None
     longest = plan.window(plan.max_scale)
+    with output_errors(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     arguments = _arguments(config, folder / "checkpoints", longest)
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config

@@ -127,6 +127,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool | None = None,
 ) -> nn.Module:
     """Load an extended model.
 
@@ -136,6 +137,7 @@ def load(
             model that the folder names, are loaded.
         dtype: of the weights, where they are loaded here.
         device: where they go, likewise.
+        trust_remote_code: run code that the plain model brings along; see `load_base`.
 
     Returns:
         The extended model, in evaluation mode; a PEFT model where the folder holds an adapter.
@@ -152,7 +154,7 @@ def load(
             raise CheckpointError(f"{folder} names no base model; pass the model to clex.load")
         if weights == "full":
             require_whole(folder, about)
-        model = load_base(source, dtype=dtype, device=device)
+        model = load_base(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _load_extension(folder, about, model)
     if weights == "adapter":
         require_whole(folder, about)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class ScaledRope(nn.Module):
         self.plain_attention: str | None = None
         self._own = threading.local()
         self._for_all: list[Hold] = []
+        self._warned = False
         self._takes_rows = self._try_rows()
 
     def __getattr__(self, name: str) -> Any:
@@ -180,6 +182,19 @@ class ScaledRope(nn.Module):
         first = self._first
         scale: Tensor = first.scale_for(lengths.to(first.inv_freq_native.device))
         return scale
+
+    def warn_beyond(self, tokens: int) -> None:
+        """Say once that a text of so many `tokens` is longer than the largest scale covers."""
+        config = self.clex_config
+        most = config.max_scale * self.native_length
+        if self._warned or tokens <= most or config.fixed_scale is not None:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{tokens} tokens are more than the {most:.0f} that max_scale {config.max_scale:g}"
+            " covers; texts go on at that scale",
+            stacklevel=4,
+        )
 
     def solve(self, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """inv_freq (B, F) and attention factor (B,) at `scale` (B,), for each extended part."""
