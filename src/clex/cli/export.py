@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import app, lengths_of, scales_of, settings_of
+from .app import TrustRemoteCode, app, lengths_of, scales_of, settings_of
 
 
 class Target(StrEnum):
@@ -75,6 +75,7 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the export in --out.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Hold an extended model at one scale, for engines that have none of our code.
 

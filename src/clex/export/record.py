@@ -37,6 +37,7 @@ class ExportRecord:
         gguf: the file whose tensors were copied, if so.
         versions: of what the result depends on.
         scales: t of each length class, for ``many_scales``.
+        sha256: of the files of the export, by name.
     """
 
     target: str
@@ -57,6 +58,7 @@ class ExportRecord:
     gguf: str | None
     versions: dict[str, str]
     scales: list[float] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the record into an export."""

@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from ..config import ClexConfig
-from ..errors import ConfigError, OutputError, UnsupportedModelError, unknown
+from ..digests import digests_of, require_digests
+from ..errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError, unknown
 from ..files import new_folder
 from ..hf.extend import restore
 from ..hf.models import resolve
@@ -148,7 +149,8 @@ def export(
                     form=form,
                     classes=classes,
                 )
-        record = ExportRecord(**settings, queries=queries, versions=_versions())
+        digests = digests_of(folder, [file.name for file in folder.iterdir() if file.is_file()])
+        record = ExportRecord(**settings, queries=queries, versions=_versions(), sha256=digests)
         record.write(folder)
         license_name, languages = license_of(resolve(found.base))
         if license_name is None and gguf is not None:
@@ -191,6 +193,10 @@ def _same_export(out: Path, settings: Mapping[str, Any]) -> ExportRecord:
             f"{out} holds another export ({', '.join(changed)} differ);"
             " pass --overwrite to replace it"
         )
+    try:
+        require_digests(out, record.sha256)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; pass --overwrite to write the export anew") from None
     return record
 
 
