@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -156,6 +157,7 @@ WAY_OUT = re.compile(
 )
 
 
+@cache
 def entries() -> dict[str, re.Pattern[str]]:
     """Messages in the tables of the page. `…` stands for a value; at an end, for anything."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")

@@ -7,6 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from clex.cli import app
 
 ROOT = Path(__file__).parent.parent
 LIGHT = {"rich", "typer", "packaging"}
@@ -42,3 +45,18 @@ def test_help_loads_nothing_heavy(command: str) -> None:
 
 def test_the_check_sees_what_is_loaded() -> None:
     assert "numpy" in loaded_by("import clex, numpy")
+
+
+@pytest.mark.parametrize(
+    ("typed", "word", "offered"),
+    [("clex ex", 1, {"extend", "export"}), ("clex eval ", 2, {"ppl", "needle"})],
+)
+def test_the_shell_completes(typed: str, word: int, offered: set[str]) -> None:
+    environment = {
+        "_CLEX_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(word),
+    }
+    result = CliRunner().invoke(app, [], prog_name="clex", env=environment)
+    assert offered <= set(result.stdout.split())
+    assert "chat" not in result.stdout.split()
