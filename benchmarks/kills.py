@@ -100,6 +100,7 @@ def _extend_finished(out: Path) -> dict[str, Any]:
         found["weights"] = weight_digests(out)
     if (out / "results.json").is_file():
         found["rows"] = read_json(out / "results.json")
+        found["tables"] = digests_of(out, ["results.csv", "perplexity.png"])
     for file in sorted((out / "checkpoints").glob("*/complete.json")):
         require_digests(file.parent, read_json(file)["sha256"])
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import tiny
 from clex import training
 from clex.config import ClexConfig
 from clex.hf.extend import require_extension
+from clex.positions import sample_positions
 from clex.scaling import get_scaling
 from clex.training import TrainConfig
 from references import Shape, make_spec
@@ -221,3 +223,43 @@ def test_angles(t: float) -> None:
         assert rounding <= error <= allowed, positions
         assert error > allowed / 8  # the bound says something
         assert error < 0.2
+
+
+@FAST
+@given(
+    st.sampled_from(["contiguous", "random", "uniform", "chunks", "chunks:0.7,random:0.3"]),
+    st.integers(3, 300),
+    st.floats(1, 64),
+    st.integers(0, 2**62),
+)
+def test_positions(sampler: str, n: int, t: float, seed: int) -> None:
+    """They rise strictly and stay inside the span of their scale, or of the window itself."""
+    native = 64
+    found = sample_positions(sampler, n, torch.tensor([t]), torch.tensor([seed]), native, 64.0)
+    assert found.shape == (1, n)
+    assert found[0, 0] >= 0
+    assert (found.diff() > 0).all()
+    assert found[0, -1] <= max(n - 1, t * native + 1)
+    again = sample_positions(sampler, n, torch.tensor([t]), torch.tensor([seed]), native, 64.0)
+    assert torch.equal(found, again)
+
+
+@FAST
+@given(
+    st.fixed_dictionaries(
+        {
+            "preset": st.sampled_from(["default", "paper"]),
+            "max_scale": st.floats(1, 4096),
+            "grid": st.sampled_from(["none", "integer", "quarter_octave"]),
+            "temperature": st.sampled_from(["none", "log_n", "yarn", "learned"]),
+            "steps": st.integers(1, 4096),
+            "width": st.floats(0.01, 16),
+            "bound": st.floats(0, 8),
+            "post": st.lists(st.sampled_from(["clip", "resonance", "p_rope"]), max_size=3),
+        }
+    )
+)
+def test_configs_survive_a_file(values: dict[str, Any]) -> None:
+    config = ClexConfig.from_dict(values)
+    assert ClexConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert all(getattr(config, k) == (tuple(v) if k == "post" else v) for k, v in values.items())

@@ -33,7 +33,15 @@ from .evaluation.report import tables, write_report
 from .evaluation.scores import DOCUMENTS_FILE, Difference, ScoreLog, differences
 from .evaluation.token_bytes import token_bytes
 from .files import read_json, write_json
-from .hf.checkpoint import base_name, is_checkpoint, load, load_config, require_loadable
+from .hf.checkpoint import (
+    base_name,
+    is_checkpoint,
+    load,
+    load_config,
+    read_about,
+    require_loadable,
+    require_whole,
+)
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .measured import load_measured, own_name, training_free
@@ -201,6 +209,7 @@ def run_extend(
         raise ConfigError("LongPPL needs an evaluator; measure it with clex eval ppl")
     begun = holds_run(out, settings, overwrite, "clex extend")
     if begun and (out / "results.json").is_file() and is_checkpoint(out):
+        require_whole(out, read_about(out))
         rows = [Row(**row) for row in read_json(out / "results.json")]
         console.print(f"{out} holds this run, finished; --overwrite starts it anew")
         _say_result(console, rows, out, load_config(out).native_length)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from dataclasses import dataclass
@@ -218,6 +219,10 @@ def train(
         _require_undamaged(Path(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:  # all is read without running what it holds
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         shown.progress.stop()  # gives the cursor back, after an error too
     save(
