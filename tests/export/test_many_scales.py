@@ -41,6 +41,9 @@ def test_what_is_written(llama: Path, tmp_path: Path) -> None:
     for t, inv_freq in zip(SCALES, classes.inv_freq, strict=True):
         assert torch.equal(torch.tensor(inv_freq), clex.frequencies(model, t))
     assert classes.attention_factors[0] == 1 < classes.attention_factors[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--logits-processors clex.serving.vllm_requests:RequestScales" in card
+    assert "| scale t | 1, 2, 4 |" in card and "at t = 4 for every text" in card
     before, after = exports.plain(llama).state_dict(), exports.plain(tmp_path / "out").state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -73,7 +73,12 @@ def server(out: Path) -> Iterator[vllm.LLM]:
 
 
 def ask(
-    server: vllm.LLM, prompts: list[Tensor], new: list[int], wishes: list[Any]
+    server: vllm.LLM,
+    prompts: list[Tensor],
+    new: list[int],
+    wishes: list[Any],
+    *,
+    rate_prompts: bool = True,
 ) -> list[tuple[Tensor, Tensor]]:
     """All requests together: whole texts (1, T), and what vLLM says of their tokens but the first.
 
@@ -82,13 +87,14 @@ def ask(
         prompts: tokens (1, T) of each.
         new: tokens that each goes on for.
         wishes: `clex_scale` of each, or ``None``.
+        rate_prompts: if not, only the tokens of the answers are rated.
     """
     params = [
         vllm.SamplingParams(
             max_tokens=n,
             temperature=0.0,
             ignore_eos=True,
-            prompt_logprobs=0,
+            prompt_logprobs=0 if rate_prompts else None,
             logprobs=0,
             detokenize=False,
             extra_args=None if wish is None else {"clex_scale": wish},
@@ -99,8 +105,9 @@ def ask(
     found = []
     for answer in server.generate(inputs, params, use_tqdm=False):
         text = [*answer.prompt_token_ids, *answer.outputs[0].token_ids]
-        rows = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
-        said = [row[token].logprob for row, token in zip(rows, text[1:], strict=True)]
+        rows = [*(answer.prompt_logprobs or [])[1:], *answer.outputs[0].logprobs]
+        rated = text[len(text) - len(rows) :]
+        said = [row[token].logprob for row, token in zip(rows, rated, strict=True)]
         found.append((torch.tensor([text]), torch.tensor(said)))
     return found
 
@@ -175,6 +182,27 @@ def test_compiled(llama: Path, out: Path) -> None:
     prompts = [exports.make_ids(n, seed=n) for n in (40, 200, 100)]
     for (ids, said), t in zip(ask(server, prompts, [8] * 3, [None] * 3), (1, 4, 2), strict=True):
         assert exports.difference(said, live(llama, ids, t)) < 1e-4
+
+
+def test_requests_that_are_put_off_come_back_at_their_scale(
+    llama: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for the prompts but not for the answers, keys are thrown away and made again."""
+    added = []
+    plain_update = RequestScales.update_state
+
+    def watched(self: RequestScales, update: Any) -> None:
+        plain_update(self, update)
+        added.extend(update.added if update is not None else [])
+
+    monkeypatch.setattr(RequestScales, "update_state", watched)
+    # Blocks of 128 tokens; one of them is vLLM's own.
+    server = start(out, max_num_seqs=4, num_gpu_blocks_override=4)
+    prompts = [exports.make_ids(n, seed=n) for n in (120, 110, 100)]
+    answers = ask(server, prompts, [40] * 3, [None] * 3, rate_prompts=False)
+    assert len(added) > len(prompts)
+    for ids, said in answers:
+        assert exports.difference(said, live(llama, ids, 4.0)[-40:]) < 1e-4
 
 
 @pytest.mark.parametrize(

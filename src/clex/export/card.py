@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
-from ..serving.length_classes import MANY_SCALES_FLAGS
+from ..serving.length_classes import FIRST_RUNNER, PROCESSOR
 from .record import GGUF_FILE, ExportRecord
 
 _TRAINING_KEYS = ("depth", "steps", "train_length", "rate", "dynamics_rate", "positions", "seed")
@@ -172,7 +172,8 @@ def _serving(record: ExportRecord) -> str:
         return (
             "## Serving\n\nEach request is read at the smallest scale that holds its prompt and its"
             " `max_tokens`; so give `max_tokens`.\n\n```\n"
-            f"pip install 'clex-llm[vllm]'\n{vllm} {MANY_SCALES_FLAGS}\n```\n"
+            f"pip install 'clex-llm[vllm]'\n{'='.join(FIRST_RUNNER)} {vllm}"
+            f" --no-enable-prefix-caching \\\n    --logits-processors {PROCESSOR}\n```\n"
         )
     if record.form == "two_scales":
         native = record.native_length

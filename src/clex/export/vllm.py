@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedModelError
-from ..serving.length_classes import PROCESSOR, REQUEST_KEY
+from ..serving.length_classes import FIRST_RUNNER, PROCESSOR, REQUEST_KEY
 from .record import ExportRecord
 from .scores import Scores
 
@@ -37,7 +37,10 @@ class VllmEngine:
     """
 
     def __init__(self, folder: Path, record: ExportRecord, longest: int) -> None:
-        for name, value in _SETTINGS.items():
+        settings = dict(_SETTINGS)
+        if record.scales:
+            settings.update([FIRST_RUNNER])
+        for name, value in settings.items():
             os.environ.setdefault(name, value)
         import vllm
 

@@ -35,7 +35,7 @@ ARCHITECTURES = (
 
 # By name, so that a process without vLLM can tell a user what to type.
 PROCESSOR = "clex.serving.vllm_requests:RequestScales"
-MANY_SCALES_FLAGS = f"--no-enable-prefix-caching --logits-processors {PROCESSOR}"
+FIRST_RUNNER = ("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 @dataclass(frozen=True, kw_only=True)

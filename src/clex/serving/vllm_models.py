@@ -22,7 +22,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ..errors import ConfigError, UnsupportedModelError
-from .length_classes import PROCESSOR, LengthClasses, shift_positions
+from .length_classes import FIRST_RUNNER, PROCESSOR, LengthClasses, shift_positions
 from .vllm_requests import RequestScales, classes_of
 
 
@@ -115,7 +115,7 @@ def _require_settings(vllm_config: Any, classes: LengthClasses) -> None:
             raise ConfigError(f"{name} does not go with several scales in one server")
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
-            "vLLM's second model runner is not supported; set VLLM_USE_V2_MODEL_RUNNER=0"
+            f"vLLM's second model runner is not supported; set {'='.join(FIRST_RUNNER)}"
         )
 
 
