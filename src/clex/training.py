@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import ClexConfig
 from .data import WindowPlan, Windows, collate
-from .errors import ConfigError, TrainingError, unknown
-from .files import write_json
+from .digests import digests_of, require_digests
+from .errors import CheckpointError, ConfigError, TrainingError, unknown
+from .files import output_errors, read_json, write_json
 from .hf.checkpoint import WEIGHTS_FILE, Weights, load_extension_state, save
 from .hf.extend import at_scale, config_of, require_extension
 from .hf.loss import TokenLoss
@@ -39,6 +41,8 @@ from .positions import parse_mixture, sample_positions
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
 _COMPLETE = "complete.json"
+# A comparison lists the windows of each method, so that they cannot be without number.
+_MOST_WINDOWS = 2**27
 
 # What is tried first at each depth; see docs/log.md for the runs that chose these.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -140,8 +144,16 @@ class TrainConfig:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
+        windows = self.steps * self.batch_size * self.accumulation
+        if windows > _MOST_WINDOWS:
+            raise ConfigError(
+                f"steps * batch_size * accumulation = {windows:,} windows are out of range (valid:"
+                f" up to {_MOST_WINDOWS:,})"
+            )
         if self.train_length is not None and not 8 <= self.train_length <= 2**27:
             raise ConfigError(f"train_length = {self.train_length} is out of range (at least 8)")
 
@@ -180,6 +192,8 @@ def train(
         ConfigError: the train length does not fit the model or the sampler.
         DataError: documents are too short.
         TrainingError: the loss became NaN or infinite; the last good checkpoint is kept.
+        CheckpointError: the checkpoint to go on from is damaged.
+        OutputError: the disk is full, or `folder` cannot be written.
     """
     folder = Path(folder)
     extension = config_of(model)
@@ -192,6 +206,8 @@ def train(
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
     assert extension.native_length is not None
     longest = plan.window(plan.max_scale)
+    with output_errors(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     arguments = _arguments(config, folder / "checkpoints", longest)
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
@@ -199,8 +215,14 @@ def train(
     shown = _Progress(trainer, folder / "log.jsonl", console or Console(stderr=True))
     trainer.add_callback(shown)
     checkpoint = _last_complete(folder / "checkpoints")
+    if checkpoint is not None:
+        _require_undamaged(Path(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:  # all is read without running what it holds
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         shown.progress.stop()  # gives the cursor back, after an error too
     save(
@@ -447,10 +469,13 @@ class ExtensionTrainer(Trainer):
         learned = [p for p in self.extended.parameters() if p.requires_grad]
         finite = torch.stack([p.detach().isfinite().all() for p in learned]).all()
         self._require_finite(finite, self.state.global_step, "gradient")
-        super()._save_checkpoint(model, trial)
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        with output_errors(folder):
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = self.folder / f"checkpoint-{self.state.global_step}"
-            write_json(folder / _COMPLETE, {"step": self.state.global_step})
+            files = [file.name for file in folder.iterdir() if file.is_file()]
+            record = {"step": self.state.global_step, "sha256": digests_of(folder, files)}
+            write_json(folder / _COMPLETE, record)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         save(
@@ -481,6 +506,17 @@ def _last_complete(folder: Path) -> str | None:
             return last
         shutil.rmtree(last)
     return None
+
+
+def _require_undamaged(checkpoint: Path) -> None:
+    try:
+        recorded = read_json(checkpoint / _COMPLETE).get("sha256", {})
+        require_digests(checkpoint, recorded)
+    except (CheckpointError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {error}; delete that folder to go on from the one"
+            " before it"
+        ) from None
 
 
 class _Progress(TrainerCallback):
@@ -519,9 +555,10 @@ class _Progress(TrainerCallback):
             "tokens_per_second": round(speed),
             **logs,
         }
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with output_errors(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()
