@@ -7,12 +7,14 @@ import importlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
+from rich.console import Console
 from typer.testing import CliRunner
 
 from clex import doctor
@@ -79,6 +81,9 @@ def test_extras_that_are_not_there_break_nothing() -> None:
     check = doctor._extra("eval", [Requirement("no-such-package>=1")])
     assert check.state == "absent" and doctor.healthy([check])
     assert check.detail.endswith("pip install 'clex-llm[eval]'")
+    shown = StringIO()
+    Console(file=shown, width=200).print(doctor.checks_table([check]))
+    assert "pip install 'clex-llm[eval]'" in shown.getvalue(), "brackets are no markup"
 
 
 def test_without_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
+from rich.markup import escape
 from rich.table import Table
 
 from .version import __version__
@@ -75,7 +76,7 @@ def checks_table(checks: list[Check]) -> Table:
     for check in checks:
         part = check.part if check.part != previous else ""
         previous, colour = check.part, colours[check.state]
-        table.add_row(part, check.name, f"[{colour}]{check.state}[/]", check.detail)
+        table.add_row(part, check.name, f"[{colour}]{check.state}[/]", escape(check.detail))
     return table
 
 
