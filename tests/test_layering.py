@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "clex"
 PICTURE = (
     ("version", "errors"),
     ("config", "files", "rope"),
-    ("run_folder",),
+    ("run_folder", "processes"),
     ("temperature", "solvers", "positions"),
     ("fields", "scaling.post"),
     ("scaling.base",),

@@ -215,6 +215,8 @@ class WindowPlan:
         native_share: share of items at t = 1, which teach (and keep) the short window.
         integer_scales: draw whole numbers in that range uniformly instead, as the released CLEX.
         rising: number of items, from the first, over which the largest scale rises to `max_scale`.
+        multiple: windows of true length are shortened to a multiple of this.
+        packed: whether short documents are packed to fill a window.
     """
 
     tokens: int | None
@@ -225,10 +227,13 @@ class WindowPlan:
     native_share: float = 0.0
     integer_scales: bool = False
     rising: int = 0
+    multiple: int = 1
+    packed: bool = True
 
     def window(self, scale: float) -> int:
         """Tokens of a window at `scale`."""
-        return self.tokens or max(2, round(scale * self.native_length * (1 + self.margin)))
+        true = round(scale * self.native_length * (1 + self.margin))
+        return self.tokens or max(2, self.multiple, true - true % self.multiple)
 
     def largest(self, index: int) -> float:
         """The largest scale that item `index` may have.
@@ -285,7 +290,10 @@ class Windows(torch.utils.data.Dataset[dict[str, Any]]):
             long_enough(self.lengths.tolist(), most, f"scale {plan.max_scale:g}")
         else:
             short = np.flatnonzero((self.lengths < plan.tokens) & (self.lengths > 1))
-            self.packs = self._pack(short.tolist(), plan.tokens)
+            if plan.packed:
+                self.packs = self._pack(short.tolist(), plan.tokens)
+            else:
+                long_enough(self.lengths.tolist(), plan.tokens, "a window that is not packed")
             if self.lengths.max() < plan.tokens and not self.packs:
                 raise DataError(
                     f"{len(self.lengths)} documents with {self.lengths.sum():,} tokens together"

@@ -35,6 +35,7 @@ def save(
     weights: Weights = "full",
     base_model: str | None = None,
     tokenizer: Any = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an extended model so that `load` gives the same logits.
 
@@ -49,6 +50,7 @@ def save(
             ``"none"`` for frozen models, which need a few kilobytes.
         base_model: name or folder of the plain model; needed by `load` unless weights are full.
         tokenizer: saved along if given.
+        state: the whole state dictionary of a model whose weights an engine has cut up.
 
     Returns:
         The folder.
@@ -59,7 +61,7 @@ def save(
     folder = Path(folder)
     rope = require_extension(model)
     with _writing(folder):
-        return _save(model, rope, folder, weights, base_model, tokenizer)
+        return _save(model, rope, folder, weights, base_model, tokenizer, state)
 
 
 @contextmanager
@@ -79,20 +81,19 @@ def _save(
     weights: Weights,
     base_model: str | None,
     tokenizer: Any,
+    state: Mapping[str, Tensor] | None,
 ) -> Path:
     if weights != "none":
         target: Any = model
         if weights == "adapter" and not isinstance(model, peft.PeftModel):
             raise CheckpointError(f"{type(model).__name__} has no adapter to save")
-        state = model.state_dict()
+        state = model.state_dict() if state is None else state
         if weights == "full":
             state = {k: v for k, v in state.items() if not _is_ours(k)}
         target.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    with new_file(folder / WEIGHTS_FILE) as temporary:
-        save_file(extension_state(model), temporary, metadata={"format": "pt"})
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    digest = save_extension_state(model, folder / WEIGHTS_FILE)
     write_json(
         folder / CONFIG_FILE,
         {
@@ -194,6 +195,13 @@ def extension_state(model: nn.Module) -> dict[str, Tensor]:
         # safetensors files may be empty, but an explicit marker reads better than nothing.
         return {"closed_form": torch.zeros(0)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_extension_state(model: nn.Module, file: Path) -> str:
+    """Write the learned numbers of an extended model; returns the SHA-256 of the file."""
+    with new_file(file) as temporary:
+        save_file(extension_state(model), temporary, metadata={"format": "pt"})
+        return hashlib.sha256(temporary.read_bytes()).hexdigest()
 
 
 def load_extension_state(model: nn.Module, file: Path, digest: str | None = None) -> None:
