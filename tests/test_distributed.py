@@ -8,7 +8,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,8 +27,6 @@ from transformers import AttentionInterface, TrainerCallback
 import clex
 import tiny
 from clex import training
-from clex.errors import ConfigError, TrainingError
-from clex.hf.checkpoint import WEIGHTS_FILE
 from clex.training import TrainConfig
 
 # Whole windows, and short documents that are packed.

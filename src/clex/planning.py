@@ -227,8 +227,9 @@ def estimate(
     square = 2.0 * length * length * sizes.attended * sizes.layers
     attention = square * (1 + again + 2.5) * passes / layout.pieces
     widths = _ELEMENTWISE_HIDDEN * sizes.hidden + _ELEMENTWISE_INNER * sizes.inner
-    width = 1.0 if full else 0.5  # float32 streams under autocast, or bfloat16 throughout
-    moved = sizes.layers * widths * (3 + again) * width + _LOGIT_BYTES * sizes.vocabulary
+    # What runs from layer to layer: float32 under autocast, bfloat16 where weights are that.
+    stream = 4.0 if full and not layout.sharded else 2.0
+    moved = sizes.layers * widths * (3 + again) * stream / 4 + _LOGIT_BYTES * sizes.vocabulary
     moved *= local * layout.accumulation
     # Adam reads and writes weights, gradients and two moments; the cast copy is made in each pass.
     moved += trained / shards * (28.0 + 6.0 * layout.accumulation)
@@ -253,7 +254,6 @@ def estimate(
         sent += around * (1 + again + 2) * layout.accumulation
     waiting = sent / machine.link * (1 - hidden_share)
 
-    stream = 4.0 if full else 2.0
     one_layer = local * (
         sizes.hidden * (6 * stream + 8) + (sizes.attended + sizes.key_value) * 16 + sizes.inner * 10
     )

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError, TrainingError
 
@@ -79,6 +80,11 @@ def agreed(work: Callable[[], ResultT]) -> ResultT:
 def _patient_group() -> Any:
     # NCCL gives up after minutes, and an evaluation in the main process takes longer.
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def cut_up(model: nn.Module) -> bool:
+    """Whether an engine holds a part of each weight here (FSDP2, ZeRO-3)."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

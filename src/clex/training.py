@@ -219,22 +219,9 @@ def train(
         TrainingError: the loss became NaN or infinite, or another process ended; the last good
             checkpoint is kept.
     """
-    processes.join()
     folder = Path(folder)
-    extension = config_of(model)
-    plan = check_plan(extension, config, tokens)
-    windows = Windows(tokens, plan, _items(config), config.seed)
-    set_seed(config.seed)  # adapters are drawn before the Trainer sets it
-    model = _prepare(model, config)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
-    assert extension.native_length is not None
-    longest = plan.window(plan.max_scale)
-    arguments = _arguments(config, folder / "checkpoints", longest)
-    trainer = ExtensionTrainer(
-        model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
-    )
+    trainer = make_trainer(model, tokens, config, folder)
+    model = trainer.extended
     console = console or Console(stderr=True, quiet=not processes.is_main())
     shown = _Progress(trainer, folder / "log.jsonl", console)
     trainer.add_callback(shown)
@@ -256,6 +243,24 @@ def train(
             state=state,
         )
     return model.eval()
+
+
+def make_trainer(
+    model: nn.Module, tokens: datasets.Dataset, config: TrainConfig, folder: Path
+) -> ExtensionTrainer:
+    """The trainer that `train` runs, before its first step; arguments and errors are those."""
+    processes.join()
+    extension = config_of(model)
+    plan = check_plan(extension, config, tokens)
+    windows = Windows(tokens, plan, _items(config), config.seed)
+    set_seed(config.seed)  # adapters are drawn before the Trainer sets it
+    model = _prepare(model, config)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
+    arguments = _arguments(config, folder / "checkpoints", plan.window(plan.max_scale))
+    return ExtensionTrainer(
+        model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
+    )
 
 
 def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Dataset) -> WindowPlan:

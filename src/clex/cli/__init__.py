@@ -9,7 +9,18 @@ import warnings
 from ..errors import ClexError
 
 # Each of these adds its commands, in the order of the help page.
-from . import extend, evaluate, generate, retrieval, harness, compare, export, methods, families  # isort: skip
+from . import (
+    extend,
+    evaluate,
+    generate,
+    retrieval,
+    harness,
+    compare,
+    export,
+    methods,
+    families,
+    plan,
+)  # isort: skip
 from .app import app
 
 __all__ = [
@@ -22,6 +33,7 @@ __all__ = [
     "harness",
     "main",
     "methods",
+    "plan",
     "retrieval",
 ]
 

@@ -55,7 +55,13 @@ def extend(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass.")] = None,
-    accumulation: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
+    accumulation: Annotated[
+        int, typer.Option(help="Forward passes of each process in a step.")
+    ] = 1,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(help="Windows in a step of all processes; replaces --accumulation."),
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
     dynamics_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the dynamics.")
@@ -146,6 +152,7 @@ def extend(
         depth=train.value,
         curriculum=curriculum,
         accumulation=accumulation,
+        global_batch=global_batch,
         lora_rank=lora_rank,
         seed=seed,
         save_every=save_every,
