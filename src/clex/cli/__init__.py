@@ -9,18 +9,8 @@ import warnings
 from ..errors import ClexError
 
 # Each of these adds its commands, in the order of the help page.
-from . import (
-    extend,
-    evaluate,
-    generate,
-    retrieval,
-    harness,
-    compare,
-    export,
-    methods,
-    families,
-    plan,
-)  # isort: skip
+from . import extend, plan, evaluate, generate, retrieval, harness, compare, export  # isort: skip
+from . import methods, families  # isort: skip
 from .app import app
 
 __all__ = [
