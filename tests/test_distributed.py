@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from transformers import AttentionInterface, TrainerCallback
 import clex
 import tiny
 from clex import training
+from clex.errors import ConfigError, TrainingError
+from clex.hf.checkpoint import WEIGHTS_FILE
 from clex.training import TrainConfig
 
 # Whole windows, and short documents that are packed.
@@ -292,3 +295,77 @@ def run_even(folder: Path, settings: dict[str, Any]) -> None:
         lambda self, scale: window(dataclasses.replace(self, multiple=4), scale)
     )
     run(folder, settings)
+
+
+# Going on.
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "engine"), [(2, 1, None), (1, 4, None), (2, 4, FSDP)], ids=str
+)
+def test_goes_on_with_another_number_of_processes(
+    single_long: Path, tmp_path: Path, first: int, second: int, engine: Any
+) -> None:
+    settings = {**LONGER, "save_every": 2}
+    assert launch(first, run_until_killed, tmp_path, settings, engine=engine) != [0] * first
+    assert last_complete(tmp_path) == "checkpoint-2"
+    assert launch(second, run, tmp_path, settings, engine=engine) == [0] * second
+    steps = [json.loads(line).get("step") for line in (tmp_path / "log.jsonl").open()]
+    assert steps[-2:] == [3, 4]
+    assert losses(tmp_path)[-2:] == pytest.approx(losses(single_long)[-2:], abs=TOLERANCE)
+    a, b = load_file(single_long / WEIGHTS_FILE), load_file(tmp_path / WEIGHTS_FILE)
+    assert all((a[name] - b[name]).abs().mean() < 5e-5 for name in a)
+
+
+LONGER = {"steps": 4}
+
+
+@pytest.fixture(scope="module")
+def single_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    assert launch(1, run, folder, LONGER) == [0]
+    return folder
+
+
+def last_complete(folder: Path) -> str:
+    found = training._last_complete(folder / "checkpoints")
+    return Path(found or "nothing").name
+
+
+def run_until_killed(folder: Path, settings: dict[str, Any]) -> None:
+    """The last process is killed in its third step; what the first says of it goes to a file."""
+    step = training.ExtensionTrainer.training_step
+
+    def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
+        last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+        if last and self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    training.ExtensionTrainer.training_step = dies  # type: ignore[method-assign]
+    try:
+        run(folder, settings)
+    except TrainingError as error:
+        (folder / "said").write_text(str(error))
+        raise
+
+
+def test_lost_process_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    codes = launch(2, run_until_killed, tmp_path, LONGER | {"save_every": 2})
+    assert codes == [1, -signal.SIGKILL]
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("another process of this run ended; the same command goes on from ")
+    assert said.endswith("checkpoint-2")
+
+
+def test_steps_of_other_windows_are_refused(tmp_path: Path) -> None:
+    assert launch(1, run_until_killed, tmp_path, LONGER) == [-signal.SIGKILL]
+    with pytest.raises(ConfigError, match="pass --global-batch 4"):
+        run(tmp_path, {"steps": 4, "global_batch": 2})
+
+
+def test_batch_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="no multiple of 6"):
+        TrainConfig(depth="full", batch_size=2, global_batch=8)
+    assert TrainConfig(depth="full", batch_size=2, global_batch=12).accumulation == 2
