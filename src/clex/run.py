@@ -18,7 +18,7 @@ from torch import nn
 
 from . import processes
 from .config import ClexConfig
-from .data import load_tokens, split_documents
+from .data import load_mixture, load_tokens, parse_sources, split_documents
 from .errors import ConfigError
 from .evaluation.longppl import KEYS_FILE, key_tokens_of
 from .evaluation.perplexity import (
@@ -141,7 +141,7 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
 
 def run_extend(
     model_name: str,
-    data: str | Path,
+    data: str | Path | Sequence[str],
     out: str | Path,
     *,
     clex: ClexConfig,
@@ -163,7 +163,8 @@ def run_extend(
 
     Args:
         model_name: see `clex.hf.models.load_base`.
-        data: training text, see `clex.data.load_tokens`.
+        data: training text, see `clex.data.load_tokens`; or several, see
+            `clex.data.parse_sources`.
         out: folder for the result; made if it does not exist.
         clex: how the model is extended.
         training: how it is trained.
@@ -188,9 +189,12 @@ def run_extend(
     main = processes.is_main()
     console = console if console and main else Console(stderr=True, quiet=not main)
     out = Path(out)
+    sources = parse_sources([str(data)] if isinstance(data, str | Path) else data)
+    if len(sources) > 1:
+        training = dataclasses.replace(training, shares=tuple(sources.values()))
     settings = {
         "model": model_name,
-        "data": str(data),
+        "data": list(sources) if len(sources) > 1 else next(iter(sources)),
         "eval_data": str(eval_data) if eval_data else None,
         "choose_start": choose_start,
         "field": field,
@@ -219,7 +223,7 @@ def run_extend(
     dtype = torch.bfloat16 if frozen else torch.float32
     plain = load_base(model_name, dtype=dtype, device=place)
     tokenizer = load_tokenizer(model_name)
-    tokens = load_tokens(data, tokenizer, field)
+    tokens = load_mixture(list(sources), tokenizer, field)
     if eval_data is None:
         tokens, held_out = split_documents(tokens)
     else:

@@ -91,6 +91,8 @@ class TrainConfig:
             of the range is safe.
         loss_windows: of a window of its scale's true length the last
             ``loss_windows * native_length`` tokens are scored: their distances are new.
+        shares: share of the windows from each source of a mixture (`clex.data.load_mixture`).
+        long_factor: how much more often than by their size documents that fill a window are drawn.
         lora_rank: rank of the adapters.
         seed: of everything that is drawn.
         save_every: steps between checkpoints.
@@ -121,6 +123,8 @@ class TrainConfig:
     curriculum: float = 0.0
     margin: float = 0.125
     loss_windows: float = 0.5
+    shares: tuple[float, ...] = ()
+    long_factor: float = 1.0
     lora_rank: int = 16
     seed: int = 0
     save_every: int = 50
@@ -153,6 +157,7 @@ class TrainConfig:
             "curriculum": (0.0, 1.0),
             "margin": (0.0, 1.0),
             "loss_windows": (0.01, 1e6),
+            "long_factor": (0.01, 1e6),
             "lora_rank": (1, 4096),
             "save_every": (1, 10_000_000),
         }
@@ -162,7 +167,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
         if self.global_batch is not None:
             at_once = self.batch_size * processes.readers()
-            if self.accumulation != 1:
+            if self.accumulation not in (1, self.global_batch // at_once):
                 raise ConfigError("give either accumulation or a global batch, not both")
             if self.global_batch < 1 or self.global_batch % at_once:
                 raise ConfigError(
@@ -315,6 +320,8 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
         rising=round(config.curriculum * _items(config)),
         multiple=cut,
         packed=cut == 1,
+        shares=config.shares,
+        long_factor=config.long_factor,
     )
     Windows(tokens, plan, count=1)
     return plan

@@ -10,7 +10,7 @@ from ..errors import ClexError
 
 # Each of these adds its commands, in the order of the help page.
 from . import extend, plan, evaluate, generate, retrieval, harness, compare, export  # isort: skip
-from . import methods, families  # isort: skip
+from . import methods, families, tokenize  # isort: skip
 from .app import app
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "methods",
     "plan",
     "retrieval",
+    "tokenize",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +35,14 @@ def _main(
     ] = False,
 ) -> None:
     pass
+
+
+class Depth(StrEnum):
+    """How much of the model is trained."""
+
+    dynamics = "dynamics"
+    lora = "lora"
+    full = "full"
 
 
 Model = Annotated[

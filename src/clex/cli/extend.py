@@ -9,15 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .app import Device, Field, Lengths, Model, Rivals, app, lengths_of, names, settings_of
-
-
-class Depth(StrEnum):
-    """How much of the model is trained."""
-
-    dynamics = "dynamics"
-    lora = "lora"
-    full = "full"
+from .app import Depth, Device, Field, Lengths, Model, Rivals, app, lengths_of, names, settings_of
 
 
 class Preset(StrEnum):
@@ -31,7 +23,11 @@ class Preset(StrEnum):
 def extend(
     model: Model,
     data: Annotated[
-        str, typer.Option(help=".txt, .md, .jsonl(.gz), .parquet, a folder, or a datasets id.")
+        list[str],
+        typer.Option(
+            help=".txt, .md, .jsonl(.gz), .parquet, a folder, a datasets id, or what clex tokenize"
+            " made. Several with weights: --data BOOKS=0.7 --data CODE=0.3."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the result.")],
     train: Annotated[
@@ -80,6 +76,10 @@ def extend(
     native_share: Annotated[
         float | None, typer.Option(help="Share of training windows left as they are.")
     ] = None,
+    long_factor: Annotated[
+        float,
+        typer.Option(help="How much more often documents that fill a window are drawn."),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     start: Annotated[
         Path | None, typer.Option(help="Extended model to go on from (its dynamics).")
@@ -153,6 +153,7 @@ def extend(
         curriculum=curriculum,
         accumulation=accumulation,
         global_batch=global_batch,
+        long_factor=long_factor,
         lora_rank=lora_rank,
         seed=seed,
         save_every=save_every,

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app import app, show
-from .extend import Depth
+from .app import Depth, app, show
 
 
 @app.command()
