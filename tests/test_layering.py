@@ -36,7 +36,7 @@ PICTURE = (
     ("hf",),
     ("inspection",),
     ("shards", "shapes"),
-    ("data",),
+    ("data", "training_log"),
     ("planning",),
     ("training",),
     ("evaluation.haystacks",),

@@ -32,6 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import processes
@@ -51,6 +52,14 @@ from .hf.loss import UNSCORED, TokenLoss
 from .hf.rotary import ropes_of
 from .positions import parse_mixture, sample_positions
 from .scaling import get_scaling
+from .training_log import (
+    EVERY,
+    LOG_FILE,
+    TENSORBOARD_FOLDER,
+    draw_training,
+    frequency_ratios,
+    integrations,
+)
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
 _COMPLETE = "complete.json"
@@ -100,7 +109,8 @@ class TrainConfig:
         checkpointing: recompute activations in the backward pass: ``"auto"`` (for windows above
             16,384 tokens), ``"on"`` or ``"off"``.
         compile: compile the decoder layers with torch.compile.
-        report_to: logging integrations of the Trainer, such as ``tensorboard``.
+        report_to: logging integrations of the Trainer; TensorBoard, where it is installed, if not
+            given, and ``("none",)`` for none.
 
     Raises:
         ConfigError: a value is unknown or out of range.
@@ -131,7 +141,7 @@ class TrainConfig:
     precision: str = "auto"
     checkpointing: str = "auto"
     compile: bool = False
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.depth not in DEPTHS:
@@ -184,9 +194,9 @@ class TrainConfig:
         return self.batch_size * self.accumulation * processes.readers()
 
     def to_dict(self) -> dict[str, Any]:
-        """What a result depends on, as plain JSON types; not how a step is cut."""
+        """What a result depends on, as plain JSON types; not how a step is cut or logged."""
         values = dataclasses.asdict(self)
-        del values["batch_size"], values["accumulation"]
+        del values["batch_size"], values["accumulation"], values["report_to"]
         return {**values, "global_batch": self.windows_per_step}
 
 
@@ -228,7 +238,7 @@ def train(
     trainer = make_trainer(model, tokens, config, folder)
     model = trainer.extended
     console = console or Console(stderr=True, quiet=not processes.is_main())
-    shown = _Progress(trainer, folder / "log.jsonl", console)
+    shown = _Progress(trainer, folder / LOG_FILE, console)
     trainer.add_callback(shown)
     checkpoint = processes.agreed(lambda: _last_complete(folder / "checkpoints"))
     trainer.require_same_run(checkpoint)
@@ -247,6 +257,7 @@ def train(
             tokenizer=tokenizer if config.depth != "dynamics" else None,
             state=state,
         )
+        draw_training(folder)
     return model.eval()
 
 
@@ -263,9 +274,15 @@ def make_trainer(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
     arguments = _arguments(config, folder / "checkpoints", plan.window(plan.max_scale))
-    return ExtensionTrainer(
+    trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
     )
+    if "tensorboard" in integrations(config.report_to) and processes.is_main():
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(log_dir=str(folder / TENSORBOARD_FOLDER))
+        trainer.add_callback(TensorBoardCallback(writer))
+    return trainer
 
 
 def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Dataset) -> WindowPlan:
@@ -383,7 +400,8 @@ def _arguments(config: TrainConfig, folder: Path, longest: int) -> TrainingArgum
         remove_unused_columns=False,
         dataloader_num_workers=0,
         disable_tqdm=True,
-        report_to=list(config.report_to) or "none",
+        # TensorBoard gets a folder of its own.
+        report_to=[n for n in integrations(config.report_to) if n != "tensorboard"] or "none",
         accelerator_config={"use_seedable_sampler": True},
         **(_recompute() if checkpointing else {}),
     )
@@ -532,6 +550,14 @@ class ExtensionTrainer(Trainer):
         else:
             loss = losses.mean()
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and every few steps the frequencies with it."""
+        step = self.state.global_step
+        due = step % EVERY == 0 or step in (1, self.state.max_steps)
+        if "loss" in logs and due and learned_parameters(self.extended):
+            logs = {**logs, **frequency_ratios(self.extended)}
+        super().log(logs, *args, **kwargs)
 
     def _watch(self, losses: Tensor) -> None:
         """Stop at a loss that is no number; looks one step back, so as not to wait."""

@@ -90,7 +90,10 @@ def extend(
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     report_to: Annotated[
-        str | None, typer.Option(help="Trainer integrations, such as tensorboard,wandb.")
+        str | None,
+        typer.Option(
+            help="Trainer integrations, such as tensorboard,wandb; none; TensorBoard if installed."
+        ),
     ] = None,
     eval_lengths: Lengths = None,
     rivals: Rivals = "base,yarn",
@@ -160,7 +163,7 @@ def extend(
         precision=precision,
         checkpointing=checkpointing,
         compile=compile,
-        report_to=names(report_to or ""),
+        report_to=None if report_to is None else names(report_to),
     )
     run_extend(
         model,
