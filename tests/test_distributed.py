@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,10 @@ from transformers import AttentionInterface, TrainerCallback
 
 import clex
 import tiny
-from clex import training
-from clex.errors import ConfigError, TrainingError
+from clex import cli, training
+from clex.errors import ConfigError, DataError, TrainingError
 from clex.hf.checkpoint import WEIGHTS_FILE
+from clex.hf.extend import config_of
 from clex.training import TrainConfig
 
 # Whole windows, and short documents that are packed.
@@ -93,6 +95,8 @@ def _begin(place: dict[str, Any], work: Callable[..., None], args: tuple[Any, ..
         _shard_on_the_cpu()
     try:
         work(*args)
+    except SystemExit as stop:
+        os._exit(int(stop.code or 0))
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -295,6 +299,60 @@ def run_even(folder: Path, settings: dict[str, Any]) -> None:
         lambda self, scale: window(dataclasses.replace(self, multiple=4), scale)
     )
     run(folder, settings)
+
+
+def command(model: Path, data: Path, out: Path) -> None:
+    options = (
+        "--train full --steps 2 --global-batch 2 --max-scale 4 --set steps=4 --eval-lengths 64"
+    )
+    arguments = ["extend", str(model), "--data", str(data), "--out", str(out), *options.split()]
+    sys.argv = ["clex", *arguments]
+    cli.main()
+
+
+def test_command_line_in_two_processes(tmp_path: Path) -> None:
+    """Both train; one measures and writes. A finished run is finished for both."""
+    with tiny.token_cache(tmp_path / "cache"):
+        model = tiny.write_model(tmp_path / "model")
+        data = tiny.write_documents(tmp_path / "d.jsonl", [290 + 3 * i for i in range(12)])
+        assert launch(1, command, model, data, tmp_path / "one") == [0]
+        assert launch(2, command, model, data, tmp_path / "two") == [0, 0]
+        before = (tmp_path / "two" / "results.json").read_text()
+        assert launch(2, command, model, data, tmp_path / "two") == [0, 0]
+    assert (tmp_path / "two" / "results.json").read_text() == before
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert [row["method"] for row in one] == [row["method"] for row in two]
+    assert [row["ppl"] for row in one] == pytest.approx([row["ppl"] for row in two], rel=1e-3)
+    settings = [json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two")]
+    assert settings[0]["settings"] == settings[1]["settings"]
+
+
+# What is refused.
+
+
+def test_engines_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(ConfigError, match="tensor parallelism"):
+        TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"train_length": 66}, "no multiple of 4"),
+        ({"train_length": 128, "lengths": [60, 60, 60]}, "a window of one document needs"),
+    ],
+)
+def test_windows_that_cannot_be_cut(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], says: str
+) -> None:
+    for name, value in {**ring(2, 1), "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    tokens = tiny.make_tokens(settings.pop("lengths", [300, 300]))
+    config = TrainConfig(depth="full", **settings)
+    with pytest.raises((ConfigError, DataError), match=says):
+        training.check_plan(config_of(make()), config, tokens)
 
 
 # Going on.
