@@ -97,6 +97,20 @@ def lengths_of(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
+def scales_of(text: str | None) -> tuple[float, ...] | None:
+    """The numbers of ``1,2.5,4``.
+
+    Raises:
+        ConfigError: a part is not a number.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"scales must be numbers with commas between, not {text!r}") from None
+
+
 def settings_of(pairs: list[str]) -> dict[str, Any]:
     """``name=value`` pairs; values are read as JSON where they are JSON.
 
