@@ -24,6 +24,7 @@ from clex.digests import digests_of
 from clex.errors import CheckpointError, ClexError, ConfigError
 from clex.hf import models
 from clex.hf.checkpoint import CONFIG_FILE, load
+from clex.hf.extend import extension_of
 from clex.hf.models import load_base, load_host_config
 from clex.training import TrainConfig
 
@@ -204,9 +205,11 @@ def test_adapters_that_are_refused(adapter: Path, kind: str) -> None:
     clex.load(adapter, tiny.make_model())
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    model = tiny.make_model()
     with pytest.raises(CheckpointError, match=words) as caught:
-        clex.load(adapter, tiny.make_model())
+        clex.load(adapter, model)
     assert "\n" not in str(caught.value)
+    assert extension_of(model) is None
 
 
 def test_an_adapter_without_some_weights(adapter: Path) -> None:

@@ -157,8 +157,12 @@ def load(
         model = load_base(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _load_extension(folder, about, model)
     if weights == "adapter":
-        require_whole(folder, about)
-        model = load_adapter(model, folder)
+        try:
+            require_whole(folder, about)
+            model = load_adapter(model, folder)
+        except CheckpointError:
+            restore(model)
+            raise
     return model.eval()
 
 
