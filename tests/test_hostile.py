@@ -20,10 +20,11 @@ import tiny
 from clex import cli
 from clex.comparison.recipe import parse_recipe
 from clex.config import ClexConfig
+from clex.data import find_files
 from clex.digests import digests_of
-from clex.errors import CheckpointError, ClexError, ConfigError
+from clex.errors import CheckpointError, ClexError, ConfigError, DataError
 from clex.hf import models
-from clex.hf.checkpoint import CONFIG_FILE, load
+from clex.hf.checkpoint import CONFIG_FILE, is_checkpoint, load
 from clex.hf.extend import extension_of
 from clex.hf.models import load_base, load_host_config
 from clex.training import TrainConfig
@@ -289,3 +290,19 @@ def test_json_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"clex": "x" * 100}))
     with pytest.raises(CheckpointError, match="which no file of clex has"):
         clex.load(tmp_path, tiny.make_model())
+
+
+def test_names_that_are_no_paths(tmp_path: Path) -> None:
+    for name in ("x" * 5000, "a\0b"):
+        assert not is_checkpoint(name)
+        with pytest.raises(ConfigError):
+            load_base(name)
+        with pytest.raises(DataError, match="no such file or folder"):
+            find_files(name)
+        content = {
+            "model": name,
+            "data": name,
+            "max_scale": 2.0,
+            "methods": {"yarn": {"method": "yarn", "train": False}},
+        }
+        assert parse_recipe(content, "", tmp_path).model == name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -118,7 +119,7 @@ def weight_digests(folder: Path) -> dict[str, str]:
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether `folder` holds an extension that `save` finished."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+    return os.path.isfile(Path(folder) / CONFIG_FILE)  # False for any text that is no path
 
 
 def load(

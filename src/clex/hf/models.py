@@ -95,11 +95,12 @@ def resolve(name: str | Path) -> str:
     text = str(name)
     if text in BUNDLED:
         return str(BUNDLED[text](text))
-    if Path(text).is_dir():
+    # Of os.path, since those of Path raise where a name is too long to be one.
+    if os.path.isdir(text):
         if not (Path(text) / "config.json").is_file():
             raise ConfigError(f"{text} is a folder without a config.json, not a model")
         return text
-    if text.count("/") != 1 or text.startswith(("/", ".", "~")) or Path(text).exists():
+    if text.count("/") != 1 or text.startswith(("/", ".", "~")) or os.path.exists(text):
         raise ConfigError(unknown("model", text, BUNDLED) + ", or a folder, or a hub id owner/name")
     return text
 
