@@ -10,7 +10,7 @@ from ..errors import ClexError
 
 # Each of these adds its commands, in the order of the help page.
 # isort: off
-from . import extend, evaluate, generate, retrieval, harness, compare, export
+from . import extend, plan, tokenize, evaluate, generate, retrieval, harness, compare, export
 from . import methods, families, doctor
 
 # isort: on
@@ -27,7 +27,9 @@ __all__ = [
     "harness",
     "main",
     "methods",
+    "plan",
     "retrieval",
+    "tokenize",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,14 @@ def _trust_remote_code(trusted: bool) -> bool:
 
         allow_remote_code()
     return trusted
+
+
+class Depth(StrEnum):
+    """How much of the model is trained."""
+
+    dynamics = "dynamics"
+    lora = "lora"
+    full = "full"
 
 
 Model = Annotated[

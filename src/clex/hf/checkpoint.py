@@ -40,6 +40,7 @@ def save(
     weights: Weights = "full",
     base_model: str | None = None,
     tokenizer: Any = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an extended model so that `load` gives the same logits.
 
@@ -54,6 +55,7 @@ def save(
             ``"none"`` for frozen models, which need a few kilobytes.
         base_model: name or folder of the plain model; needed by `load` unless weights are full.
         tokenizer: saved along if given.
+        state: the whole state dictionary of a model whose weights an engine has cut up.
 
     Returns:
         The folder.
@@ -66,7 +68,7 @@ def save(
     if weights == "adapter" and not isinstance(model, peft.PeftModel):
         raise CheckpointError(f"{type(model).__name__} has no adapter to save")
     with new_files(folder, last=CONFIG_FILE) as temporary:
-        _save(model, rope, temporary, weights, base_model, tokenizer)
+        _save(model, rope, temporary, weights, base_model, tokenizer, state)
         if weights == "full":
             # One file or several: an older one that is left over would be read in place of ours.
             for file in folder.iterdir():
@@ -82,16 +84,17 @@ def _save(
     weights: Weights,
     base_model: str | None,
     tokenizer: Any,
+    state: Mapping[str, Tensor] | None,
 ) -> None:
     if weights != "none":
         target: Any = model
-        state = model.state_dict()
+        state = model.state_dict() if state is None else state
         if weights == "full":
             state = {k: v for k, v in state.items() if not _is_ours(k)}
         target.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    save_file(extension_state(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_extension_state(model, folder / WEIGHTS_FILE)
     write_json(
         folder / CONFIG_FILE,
         {
@@ -240,6 +243,11 @@ def extension_state(model: nn.Module) -> dict[str, Tensor]:
         # safetensors files may be empty, but an explicit marker reads better than nothing.
         return {"closed_form": torch.zeros(0)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_extension_state(model: nn.Module, file: Path) -> None:
+    """Write the learned numbers of an extended model."""
+    save_file(extension_state(model), file, metadata={"format": "pt"})
 
 
 def load_extension_state(model: nn.Module, file: Path) -> None:
