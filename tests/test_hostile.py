@@ -20,7 +20,7 @@ import tiny
 from clex import cli
 from clex.comparison.recipe import parse_recipe
 from clex.config import ClexConfig
-from clex.data import find_files
+from clex.data import load_tokens
 from clex.digests import digests_of
 from clex.errors import CheckpointError, ClexError, ConfigError, DataError
 from clex.hf import models
@@ -269,7 +269,10 @@ def test_recipes_without_bounds_are_refused() -> None:
     for change, words in (
         ({"seeds": list(range(2000))}, "2000 seeds are too many"),
         ({"evaluation": {"bands": 10**9}}, "bands must be from 1 to 65536"),
-        ({"budget": {"depth": "full", "steps": 10**7, "batch_size": 65536}}, "windows are out of"),
+        (
+            {"budget": {"depth": "full", "steps": 10**7, "batch_size": 65536}},
+            "windows are out of range",
+        ),
         ({"max_scale": 1e9}, "max_scale"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -298,7 +301,7 @@ def test_names_that_are_no_paths(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             load_base(name)
         with pytest.raises(DataError, match="no such file or folder"):
-            find_files(name)
+            load_tokens(name, None)
         content = {
             "model": name,
             "data": name,

@@ -162,10 +162,11 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool | None = None) -
 def load_host_config(
     name: str | Path, *, trust_remote_code: bool | None = None
 ) -> PreTrainedConfig:
-    """The config of a plain model, see `load_base`."""
+    """The config of a plain model, see `load_base`; `name` may be the path of a config.json too."""
     with _loading("the config of", name):
+        source = str(name) if os.path.isfile(name) else resolve(name)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            resolve(name), trust_remote_code=_trusted(trust_remote_code)
+            source, trust_remote_code=_trusted(trust_remote_code)
         )
     return config
 
