@@ -97,9 +97,9 @@ class ScaledRope(nn.Module):
     def held(self) -> Hold | None:
         """What is in force in this thread: its own, or else the last that was held for all."""
         own: Hold | None = getattr(self._own, "hold", None)
-        if own is not None or not self._for_all:
-            return own
-        return self._for_all[-1]
+        # One slice: another thread may leave its block between two looks at the list.
+        last = self._for_all[-1:]
+        return last[0] if own is None and last else own
 
     @property
     def scale(self) -> Tensor | None:
