@@ -140,6 +140,7 @@ class Estimate:
     Attributes:
         weights, gradients, optimizer, activations, logits, reserved: bytes at the peak.
         linear_flops, attention_flops: of a step.
+        moved: bytes that elementwise operations and the optimiser move in a step.
         communication: bytes sent in a step.
         compute, waiting: seconds of a step; waiting is communication that nothing hides.
         tokens: of a step, of all GPUs.
@@ -155,6 +156,7 @@ class Estimate:
     reserved: float
     linear_flops: float
     attention_flops: float
+    moved: float
     communication: float
     compute: float
     waiting: float
@@ -274,6 +276,7 @@ def estimate(
         reserved=machine.reserved,
         linear_flops=linear,
         attention_flops=attention,
+        moved=moved,
         communication=sent,
         compute=compute,
         waiting=waiting,
