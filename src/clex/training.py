@@ -32,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import processes
@@ -538,7 +538,7 @@ class ExtensionTrainer(Trainer):
         del inputs["seed"]
         last = self._scored(ids.shape[1] * self.pieces)
         with at_scale(self.extended, scale, positions), self.accelerator.autocast():
-            what = {"last": last} if targets is None else {"targets": targets}
+            what: dict[str, Any] = {"last": last} if targets is None else {"targets": targets}
             losses, _ = self.token_loss(model, **what, **inputs)
         self._watch(losses)
         if targets is not None:
