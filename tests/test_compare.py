@@ -141,7 +141,11 @@ def parse(text: str) -> Recipe:
         ("steps = 3", "steps = 3.5", "[budget]: steps must be a whole number, not 3.5"),
         ("steps = 3", "steps = 0", "[budget]: steps = 0 is out of range"),
         ('depth = "full"', 'depth = "fulll"', "[budget]: unknown training depth 'fulll'"),
-        ("documents = 5", "documents = 0", "[evaluation]: documents must be at least 1, not 0"),
+        (
+            "documents = 5",
+            "documents = 0",
+            "[evaluation]: documents must be from 1 to 65536, not 0",
+        ),
         ("documents = 5", "document = 5", "[evaluation]: unknown key 'document'"),
         ("needles = 1", "needle = 1", "[evaluation.passkey]: unknown key 'needle'"),
         ("[methods.chunks]\n", "[methods.base]\n", "[methods.base]: 'base' is the model as it is"),

@@ -9,9 +9,9 @@ processes draws the same data.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,16 +20,20 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.parquet as parquet
 import torch
 from torch import Tensor
 
+from .decoding import clean, read_lines, read_text, require_size
 from .errors import ConfigError, DataError
+from .files import output_errors
 from .positions import uniform
 from .shards import is_shards, load_shards
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
-_BATCH = 16
+# Documents, and characters, that are tokenised together.
+_BATCH, _BATCH_CHARACTERS = 16, 2**22
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -55,25 +59,50 @@ def read_documents(files: Sequence[Path], field: str = "text") -> Iterator[str]:
     """The documents of `files`, one after another; empty ones are left out.
 
     A .txt or .md file is one document; a line of .jsonl and a row of .parquet are one each, their
-    text being in `field`. Bytes that are not UTF-8 become replacement characters.
+    text being in `field`. Text is UTF-8, or what a byte order mark says. Bytes that are none become
+    replacement characters, with a warning for each file.
 
     Raises:
-        DataError: a file is damaged, or a record has no such field.
+        DataError: a file is damaged, is not text, holds a document that is too large, or a record
+            has no such field.
     """
     for file in files:
+        replaced = 0
         try:
-            for text in _read(file, field):
+            for where, text in _read(file, field):
+                require_size(text, where)
+                text = clean(text, where)
+                replaced += text.count("\ufffd")
                 if text.strip():
                     yield text
-        except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"cannot read {file}: {error}") from error
+        except DataError:
+            raise
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            RecursionError,
+            zlib.error,
+            pyarrow.ArrowException,
+        ) as error:
+            raise DataError(f"cannot read {file}: {_line(error)}") from error
+        if replaced:
+            warnings.warn(
+                f"{file}: {replaced:,} characters are not UTF-8 and were replaced; is it in another"
+                " encoding?",
+                stacklevel=2,
+            )
 
 
-def _read(file: Path, field: str) -> Iterator[str]:
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read(file: Path, field: str) -> Iterator[tuple[str, str]]:
+    """Where each text stands, for messages, and the text."""
     if file.name.endswith((".txt", ".md")):
-        yield file.read_text(encoding="utf-8", errors="replace")
+        yield str(file), read_text(file)
     elif file.name.endswith(".parquet"):
         table = parquet.ParquetFile(file)
         if field not in table.schema_arrow.names:
@@ -81,17 +110,16 @@ def _read(file: Path, field: str) -> Iterator[str]:
                 f"{file} has no column {field!r} (columns: {', '.join(table.schema_arrow.names)})"
             )
         for batch in table.iter_batches(batch_size=64, columns=[field]):
-            yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
+            values = batch.column(0).to_pylist()
+            yield from ((str(file), str(value)) for value in values if value is not None)
     else:
-        opener: Any = gzip.open if file.name.endswith(".gz") else open
-        with opener(file, "rt", encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                    raise DataError(f"{file}, line {number}: no text in field {field!r}")
-                yield record[field]
+        for number, line in read_lines(file):
+            if not line.strip():
+                continue
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise DataError(f"{file}, line {number}: no text in field {field!r}")
+            yield f"{file}, line {number}", record[field]
 
 
 def load_tokens(source: str | Path, tokenizer: Any, field: str = "text") -> datasets.Dataset:
@@ -108,6 +136,7 @@ def load_tokens(source: str | Path, tokenizer: Any, field: str = "text") -> data
 
     Raises:
         DataError: nothing readable, or no text.
+        OutputError: the table cannot be written, such as on a full disk.
     """
     text = str(source)
     if is_shards(text):
@@ -133,20 +162,28 @@ def load_tokens(source: str | Path, tokenizer: Any, field: str = "text") -> data
         files = find_files(source)
         stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         try:
-            tokens = datasets.Dataset.from_generator(
-                _token_rows,
-                gen_kwargs={"stamps": stamps, "field": field, "tokenizer": tokenizer},
-            )
+            with output_errors(Path(datasets.config.HF_DATASETS_CACHE)):
+                tokens = _table(stamps, field, tokenizer)
         except datasets.exceptions.DatasetGenerationError as error:
-            cause = error.__cause__
-            if isinstance(cause, DataError):
-                raise cause from None
+            if isinstance(error.__cause__, DataError):
+                raise error.__cause__ from None
             if len(list(read_documents(files, field))) == 0:
                 raise DataError(f"no text in {source}") from None
             raise
     if len(tokens) == 0 or max(tokens["length"], default=0) == 0:
         raise DataError(f"no text in {source}")
     return tokens
+
+
+def _table(stamps: list[tuple[str, int, int]], field: str, tokenizer: Any) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_generator(
+            _token_rows, gen_kwargs={"stamps": stamps, "field": field, "tokenizer": tokenizer}
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def parse_sources(texts: Sequence[str]) -> dict[str, float]:
@@ -219,7 +256,7 @@ def _token_rows(
     batch: list[str] = []
     for text in read_documents([Path(name) for name, _, _ in stamps], field):
         batch.append(text)
-        if len(batch) == _BATCH:
+        if len(batch) == _BATCH or sum(map(len, batch)) > _BATCH_CHARACTERS:
             yield from _rows(_tokenize(batch, tokenizer))
             batch = []
     if batch:

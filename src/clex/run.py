@@ -19,8 +19,9 @@ from torch import nn
 from . import processes
 from .config import ClexConfig
 from .data import load_mixture, load_tokens, parse_sources, split_documents
-from .errors import ConfigError
-from .evaluation.longppl import KEYS_FILE, key_tokens_of
+from .errors import ConfigError, DataError
+from .evaluation.alignment import Aligner
+from .evaluation.longppl import KEYS_FILE, Evaluator, key_tokens_of
 from .evaluation.perplexity import (
     PerplexityPlan,
     Row,
@@ -33,7 +34,15 @@ from .evaluation.report import tables, write_report
 from .evaluation.scores import DOCUMENTS_FILE, Difference, ScoreLog, differences
 from .evaluation.token_bytes import token_bytes
 from .files import read_json, write_json
-from .hf.checkpoint import base_name, is_checkpoint, load, load_config, require_loadable
+from .hf.checkpoint import (
+    base_name,
+    is_checkpoint,
+    load,
+    load_config,
+    read_about,
+    require_loadable,
+    require_whole,
+)
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .measured import load_measured, own_name, training_free
@@ -209,7 +218,10 @@ def run_extend(
 
     def finished() -> bool:
         begun = holds_run(out, settings, overwrite, "clex extend")
-        return begun and (out / "results.json").is_file() and is_checkpoint(out)
+        whole = begun and (out / "results.json").is_file() and is_checkpoint(out)
+        if whole:
+            require_whole(out, read_about(out))
+        return whole
 
     if processes.agreed(finished):
         if not main:
@@ -385,6 +397,12 @@ def run_perplexity(
                 evaluation.evaluator, extended, plain, config, tokenizer
             ) as judge:
                 keys = key_tokens_of(judge, tokens, plan, out / KEYS_FILE, console)
+            if plan.protocols == ("longppl",) and not any(map(len, keys.values())):
+                raise DataError(
+                    f"no key tokens in {len(keys)} windows: the evaluator"
+                    f" {evaluation.evaluator or model_name} finds nothing that needs a long"
+                    f" context; give another --evaluator, longer texts or other --protocols"
+                )
         rows = evaluate_methods(
             plain,
             tokens,
@@ -412,28 +430,38 @@ def long_context_evaluator(
     plain: nn.Module,
     config: ClexConfig,
     tokenizer: Any,
-) -> Iterator[nn.Module]:
-    """The model that finds the key tokens of LongPPL.
+) -> Iterator[Evaluator]:
+    """The model that finds the key tokens of LongPPL, for the length of a block.
 
-    Raises:
-        ConfigError: it has another vocabulary than the judged models.
+    Args:
+        name: a plain model or a result of ``clex extend``; if not given, the extended model, or
+            else the plain one.
+        extended, plain: the judged models.
+        config: their extension.
+        tokenizer: of the judged models. The evaluator may have another one.
     """
     if name is None and extended is not None:
-        yield extended
+        yield Evaluator(extended)
         return
+    aligner, reach = None, config.max_scale
     if name is not None:
         checkpoint = is_checkpoint(name)
-        source = base_name(name) if checkpoint else name
-        if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(f"evaluator {name!r} has another vocabulary than the judged model")
+        own = load_tokenizer(base_name(name) if checkpoint else name)
+        if own.get_vocab() != tokenizer.get_vocab():
+            aligner = Aligner(tokenizer, own)
         dtype, device = next(plain.parameters()).dtype, next(plain.parameters()).device
         if checkpoint:
-            yield load(name, dtype=dtype, device=device)
+            yield Evaluator(load(name, dtype=dtype, device=device), aligner)
             return
         plain = load_base(name, dtype=dtype, device=device)
+        with as_method(plain, ClexConfig(method="none")) as probe:
+            window = config_of(probe).native_length
+        assert config.native_length is not None and window is not None
+        # It must read what the judged models read, whatever its own window is.
+        reach *= config.native_length / window
     # A plain model cannot read past its window; inside it, YaRN changes nothing.
-    with as_method(plain, ClexConfig(method="yarn", max_scale=config.max_scale)) as judge:
-        yield judge
+    with as_method(plain, ClexConfig(method="yarn", max_scale=max(1.0, reach))) as judge:
+        yield Evaluator(judge, aligner)
 
 
 def _weights_digest(model: nn.Module) -> str:

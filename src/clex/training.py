@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Mapping
@@ -38,8 +39,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import processes
 from .config import ClexConfig
 from .data import WindowPlan, Windows, collate
-from .errors import ConfigError, TrainingError, unknown
-from .files import read_json, write_json
+from .digests import digests_of, require_digests
+from .errors import CheckpointError, ConfigError, TrainingError, unknown
+from .files import output_errors, read_json, write_json
 from .hf.checkpoint import (
     WEIGHTS_FILE,
     Weights,
@@ -63,6 +65,8 @@ from .training_log import (
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
 _COMPLETE = "complete.json"
+# A comparison lists the windows of each method, so that they cannot be without number.
+_MOST_WINDOWS = 2**27
 
 # What is tried first at each depth; see docs/log.md for the runs that chose these.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -173,8 +177,16 @@ class TrainConfig:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
+        windows = self.steps * self.batch_size * self.accumulation
+        if windows > _MOST_WINDOWS:
+            raise ConfigError(
+                f"steps * batch_size * accumulation = {windows:,} windows are out of range (valid:"
+                f" up to {_MOST_WINDOWS:,})"
+            )
         if self.global_batch is not None:
             at_once = self.batch_size * processes.readers()
             if self.accumulation not in (1, self.global_batch // at_once):
@@ -233,6 +245,8 @@ def train(
         DataError: documents are too short.
         TrainingError: the loss became NaN or infinite, or another process ended; the last good
             checkpoint is kept.
+        CheckpointError: the checkpoint to go on from is damaged.
+        OutputError: the disk is full, or `folder` cannot be written.
     """
     folder = Path(folder)
     trainer = make_trainer(model, tokens, config, folder)
@@ -240,12 +254,16 @@ def train(
     console = console or Console(stderr=True, quiet=not processes.is_main())
     shown = _Progress(trainer, folder / LOG_FILE, console)
     trainer.add_callback(shown)
-    checkpoint = processes.agreed(lambda: _last_complete(folder / "checkpoints"))
+    checkpoint = processes.agreed(lambda: _last_undamaged(folder / "checkpoints"))
     trainer.require_same_run(checkpoint)
     try:
         with processes.others_alive(lambda: _way_on(folder / "checkpoints")):
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.whole_weights()
+    except pickle.UnpicklingError as error:  # all is read without running what it holds
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         shown.progress.stop()  # gives the cursor back, after an error too
     if processes.is_main():
@@ -273,6 +291,8 @@ def make_trainer(
     model = _prepare(model, config)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
+    with output_errors(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     arguments = _arguments(config, folder / "checkpoints", plan.window(plan.max_scale))
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
@@ -613,12 +633,15 @@ class ExtensionTrainer(Trainer):
         own = [p.to_local() if isinstance(p, DTensor) else p for p in learned]
         finite = torch.stack([part.isfinite().all() for part in own]).all()
         self._require_finite(finite, self.state.global_step, "gradient")
-        super()._save_checkpoint(model, trial)
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        with output_errors(folder):
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = self.folder / f"checkpoint-{self.state.global_step}"
             # Sharding engines write weights in a form of their own, and only those.
             save_extension_state(self.extended, folder / WEIGHTS_FILE)
-            write_json(folder / _COMPLETE, {"step": self.state.global_step, **self._about_run()})
+            files = [file.name for file in folder.iterdir() if file.is_file()]
+            record = {"step": self.state.global_step, **self._about_run()}
+            write_json(folder / _COMPLETE, {**record, "sha256": digests_of(folder, files)})
 
     def _about_run(self) -> dict[str, Any]:
         """What a checkpoint has to share with the run that goes on from it."""
@@ -697,6 +720,25 @@ def _last_complete(folder: Path) -> str | None:
     return None
 
 
+def _last_undamaged(folder: Path) -> str | None:
+    """The newest finished checkpoint, its files being those that were written."""
+    last = _last_complete(folder)
+    if last is not None:
+        _require_undamaged(Path(last))
+    return last
+
+
+def _require_undamaged(checkpoint: Path) -> None:
+    try:
+        recorded = read_json(checkpoint / _COMPLETE).get("sha256", {})
+        require_digests(checkpoint, recorded)
+    except (CheckpointError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {error}; delete that folder to go on from the one"
+            " before it"
+        ) from None
+
+
 class _Progress(TrainerCallback):
     """A bar with loss and speed, and the same numbers as lines of JSON in a file."""
 
@@ -733,9 +775,10 @@ class _Progress(TrainerCallback):
             "tokens_per_second": round(speed),
             **logs,
         }
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with output_errors(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

@@ -9,12 +9,16 @@ import warnings
 from ..errors import ClexError
 
 # Each of these adds its commands, in the order of the help page.
-from . import extend, plan, evaluate, generate, retrieval, harness, compare, export  # isort: skip
-from . import methods, families, tokenize  # isort: skip
+# isort: off
+from . import extend, plan, tokenize, evaluate, generate, retrieval, harness, compare, export
+from . import methods, families, doctor
+
+# isort: on
 from .app import app
 
 __all__ = [
     "compare",
+    "doctor",
     "evaluate",
     "export",
     "extend",

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .app import Depth, Device, Field, Lengths, Model, Rivals, app, lengths_of, names, settings_of
+from .app import (
+    Depth,
+    Device,
+    Field,
+    Lengths,
+    Model,
+    Rivals,
+    TrustRemoteCode,
+    app,
+    lengths_of,
+    names,
+    settings_of,
+)
 
 
 class Preset(StrEnum):
@@ -111,6 +123,7 @@ def extend(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete what is in --out and start anew.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Extend a model's context window, train it, and measure it before and after.
 
