@@ -636,6 +636,7 @@ class ExtensionTrainer(Trainer):
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         with output_errors(folder):
             super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
             # Sharding engines write weights in a form of their own, and only those.
             save_extension_state(self.extended, folder / WEIGHTS_FILE)
