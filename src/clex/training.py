@@ -544,7 +544,7 @@ class ExtensionTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -559,7 +559,7 @@ class ExtensionTrainer(Trainer):
         last = self._scored(ids.shape[1] * self.pieces)
         with at_scale(self.extended, scale, positions), self.accelerator.autocast():
             what: dict[str, Any] = {"last": last} if targets is None else {"targets": targets}
-            losses, _ = self.token_loss(model, **what, **inputs)
+            losses, _ = self.token_loss(model, **inputs, **what)
         self._watch(losses)
         if targets is not None:
             # The pieces' losses add up, but the engine takes the mean of the pieces' gradients.
