@@ -1,7 +1,7 @@
 """What a training run needs before it is started: memory, arithmetic, communication, time.
 
 The arithmetic is counted exactly; how fast a GPU does it comes from the constants below, which were
-fitted to measured runs (docs/scaling.md names them). All sizes are those of one GPU.
+fitted to measured runs (docs/scale_out.md names them). All sizes are those of one GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Machine:
     reserved: float
 
 
-# NVIDIA H100 80GB HBM3, eager mode, torch 2.11: before the runs of docs/scaling.md, from the 58,385
+# NVIDIA H100 80GB HBM3, eager mode, torch 2.11: before the runs of docs/scale_out.md, from the 58,385
 # tokens/s of SmolLM2 at 8k and the usual shares of the peak (989e12 FLOPs, 3.35e12 B/s, 450e9 B/s).
 H100 = Machine("H100 80 GB", 79 * GB, 500e12, 330e12, 1.6e12, 150e9, 0.02, 1.5 * GB)
 
