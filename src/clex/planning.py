@@ -39,8 +39,8 @@ class Machine:
     reserved: float
 
 
-# NVIDIA H100 80GB HBM3, eager mode, torch 2.11: before the runs of docs/scale_out.md, from the 58,385
-# tokens/s of SmolLM2 at 8k and the usual shares of the peak (989e12 FLOPs, 3.35e12 B/s, 450e9 B/s).
+# NVIDIA H100 80GB HBM3, eager mode, torch 2.11: not fitted yet, but set from the 58,385 tokens/s of
+# SmolLM2 at 8k and the usual shares of the peak (989e12 FLOPs, 3.35e12 B/s, 450e9 B/s).
 H100 = Machine("H100 80 GB", 79 * GB, 500e12, 330e12, 1.6e12, 150e9, 0.02, 1.5 * GB)
 
 # Bytes that one token moves through one layer in elementwise operations, forward, over its widths.

@@ -517,7 +517,7 @@ class ExtensionTrainer(Trainer):
         if self.pieces == 1:
             return contextlib.nullcontext, inputs
         ids = inputs["input_ids"]
-        self.token_loss.check(model, ids)
+        self.token_loss.check(ids)
         positions = self._positions(inputs)
         if positions is None:
             positions = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
