@@ -2,12 +2,14 @@
 
     python -m benchmarks.scaling --out FOLDER [--only TEXT] [--budget SECONDS] [--commit HASH]
         [--smoke]
+    python -m benchmarks.scaling --fit FILE.json
 
 Each case is a process (or one for each GPU) with a time limit of its own; results are written after
 each case, and a case that fails is a line in the table. Cases of one GPU run side by side on as
 many GPUs as there are. The first step warms up and is not timed. The cases whose name begins with
 ``equal`` train a small model in float32 on the same global batch under each engine; what differs
-from one process, losses and gradients of the first step, is in a table of its own.
+from one process, losses and gradients of the first step, is in a table of its own. --fit prints the
+speeds for `clex.planning` that fit the cases of one GPU best; those of two are then predictions.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def work(case: Case, folder: Path) -> None:
             intermediate_size=512,
             num_hidden_layers=3,
             num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=4,  # float32 attention of unequal heads has no ring
             max_position_embeddings=case.length // 4,
             initializer_range=0.1,
         )
@@ -387,18 +389,52 @@ def page(rows: list[dict[str, Any]], equal: list[dict[str, Any]], about: dict[st
     return "\n".join(lines) + "\n"
 
 
+def fit(file: Path) -> None:
+    """Speeds that make the plan of the cases of one GPU agree with what was measured."""
+    import numpy as np
+
+    rows = [
+        (row, plan)
+        for row in json.loads(file.read_text())["rows"]
+        if "error" not in row and row["gpus"] == 1 and not row["compile"]
+        if (plan := planned(row)) is not None
+    ]
+    names = ["matmul", "attention", "elementwise", "step"]
+    work = np.array(
+        [[p.linear_flops / 1e12, p.attention_flops / 1e12, p.moved / 1e9, 1.0] for _, p in rows]
+    )
+    seconds = np.array([row["step_seconds"] for row, _ in rows])
+    kept = [0, 1, 2, 3]
+    while True:  # least squares of the relative errors, without negative shares
+        found, *_ = np.linalg.lstsq(
+            work[:, kept] / seconds[:, None], np.ones(len(rows)), rcond=None
+        )
+        if (found > 0).all():
+            break
+        kept.remove(kept[int(found.argmin())])
+    units = [1e12, 1e12, 1e9]
+    for k, value in zip(kept, found, strict=True):
+        print(names[k], f"{value:.3f}" if k == 3 else f"{units[k] / value:.3g}")
+    for (row, _), s, w in zip(rows, seconds, work[:, kept] @ found, strict=True):
+        print(f"{row['case']}: {s:.3f} s, fitted {w:.3f} ({w / s - 1:+.0%})")
+
+
 def main() -> None:
     """Run the cases and write the tables after each."""
     if len(sys.argv) > 1 and sys.argv[1] == "--work":
         work(Case(**json.loads(sys.argv[2])), Path(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("scaling"))
+    parser.add_argument("--fit", type=Path, help="results to fit the speeds of the plan to")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--budget", type=float, default=math.inf, help="start none after this")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--smoke", action="store_true", help="tiny cases, on the CPU with gloo")
     args = parser.parse_args()
+    if args.fit:
+        fit(args.fit)
+        return
 
     import torch
 

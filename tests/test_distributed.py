@@ -40,6 +40,9 @@ LONG = tiny.make_tokens([300, 280, 270, 260])
 # float32 sums in another order; losses are about 5, gradients about 0.1.
 TOLERANCE = 2e-5
 
+RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
+kept_models: list[Any] = []
+
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -210,6 +213,7 @@ def run(folder: Path, settings: dict[str, Any]) -> None:
     }
     tokens = settings.pop("tokens", TOKENS)
     watch = Watch()
+    kept_models.append(make())
     init = training.ExtensionTrainer.__init__
 
     def with_watch(self: Any, **kwargs: Any) -> None:
@@ -219,7 +223,7 @@ def run(folder: Path, settings: dict[str, Any]) -> None:
     training.ExtensionTrainer.__init__ = with_watch  # type: ignore[method-assign]
     try:
         console = Console(file=io.StringIO())
-        training.train(make(), tokens, TrainConfig(**settings), folder, console=console)
+        training.train(kept_models[-1], tokens, TrainConfig(**settings), folder, console=console)
     finally:
         training.ExtensionTrainer.__init__ = init  # type: ignore[method-assign]
     torch.save(watch.gradients, folder / f"gradients-{os.environ.get('RANK', '0')}.pt")
@@ -276,6 +280,38 @@ def test_same_as_one_process(
 ) -> None:
     assert launch(count, run, tmp_path, settings, engine=engine) == [0] * count
     compare(single, tmp_path)
+
+
+def run_zero3(folder: Path, settings: dict[str, Any]) -> None:
+    import deepspeed  # noqa: F401
+
+    # It compiles a faster all-reduce for CPUs, for minutes.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    run(folder, settings)
+    assert any(hasattr(p, "ds_id") for p in kept_models[-1].parameters())
+
+
+def test_zero3(single: Path, tmp_path: Path) -> None:
+    """Losses and files; it keeps gradients to itself."""
+    pytest.importorskip("deepspeed")
+    settings = json.loads((RECIPES / "zero3.json").read_text())
+    del settings["torch_autocast"]  # to bfloat16
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    engine = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero3.json"),
+        "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file",
+        "DS_ACCELERATOR": "cpu",
+    }
+    out = tmp_path / "out"
+    assert launch(2, run_zero3, out, {}, engine=engine) == [0, 0]
+    assert losses(out) == pytest.approx(losses(single), abs=TOLERANCE)
+    for name in ("model.safetensors", WEIGHTS_FILE):
+        a, b = load_file(single / name), load_file(out / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            assert (a[key] - b[key]).abs().mean() < 5e-5, key
 
 
 def run_cut(folder: Path, settings: dict[str, Any]) -> None:

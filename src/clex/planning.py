@@ -1,7 +1,7 @@
 """What a training run needs before it is started: memory, arithmetic, communication, time.
 
 The arithmetic is counted exactly; how fast a GPU does it comes from the constants below, which were
-fitted to measured runs (docs/scaling.md names them). All sizes are those of one GPU.
+fitted to measured runs (docs/scale_out.md names them). All sizes are those of one GPU.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Machine:
     reserved: float
 
 
-# NVIDIA H100 80GB HBM3, eager mode, torch 2.11: before the runs of docs/scaling.md, from the 58,385
-# tokens/s of SmolLM2 at 8k and the usual shares of the peak (989e12 FLOPs, 3.35e12 B/s, 450e9 B/s).
+# NVIDIA H100 80GB HBM3, eager mode, torch 2.11: not fitted yet, but set from the 58,385 tokens/s of
+# SmolLM2 at 8k and the usual shares of the peak (989e12 FLOPs, 3.35e12 B/s, 450e9 B/s).
 H100 = Machine("H100 80 GB", 79 * GB, 500e12, 330e12, 1.6e12, 150e9, 0.02, 1.5 * GB)
 
 # Bytes that one token moves through one layer in elementwise operations, forward, over its widths.
@@ -140,6 +140,7 @@ class Estimate:
     Attributes:
         weights, gradients, optimizer, activations, logits, reserved: bytes at the peak.
         linear_flops, attention_flops: of a step.
+        moved: bytes that elementwise operations and the optimiser move in a step.
         communication: bytes sent in a step.
         compute, waiting: seconds of a step; waiting is communication that nothing hides.
         tokens: of a step, of all GPUs.
@@ -155,6 +156,7 @@ class Estimate:
     reserved: float
     linear_flops: float
     attention_flops: float
+    moved: float
     communication: float
     compute: float
     waiting: float
@@ -274,6 +276,7 @@ def estimate(
         reserved=machine.reserved,
         linear_flops=linear,
         attention_flops=attention,
+        moved=moved,
         communication=sent,
         compute=compute,
         waiting=waiting,

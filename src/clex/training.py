@@ -33,7 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import processes
@@ -517,7 +517,7 @@ class ExtensionTrainer(Trainer):
         if self.pieces == 1:
             return contextlib.nullcontext, inputs
         ids = inputs["input_ids"]
-        self.token_loss.check(model, ids)
+        self.token_loss.check(ids)
         positions = self._positions(inputs)
         if positions is None:
             positions = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
@@ -544,7 +544,7 @@ class ExtensionTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -558,8 +558,8 @@ class ExtensionTrainer(Trainer):
         del inputs["seed"]
         last = self._scored(ids.shape[1] * self.pieces)
         with at_scale(self.extended, scale, positions), self.accelerator.autocast():
-            what = {"last": last} if targets is None else {"targets": targets}
-            losses, _ = self.token_loss(model, **what, **inputs)
+            what: dict[str, Any] = {"last": last} if targets is None else {"targets": targets}
+            losses, _ = self.token_loss(model, **inputs, **what)
         self._watch(losses)
         if targets is not None:
             # The pieces' losses add up, but the engine takes the mean of the pieces' gradients.
@@ -636,6 +636,7 @@ class ExtensionTrainer(Trainer):
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         with output_errors(folder):
             super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
             # Sharding engines write weights in a form of their own, and only those.
             save_extension_state(self.extended, folder / WEIGHTS_FILE)

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from .errors import ConfigError, unknown
 from .files import new_file
@@ -29,9 +33,6 @@ def integrations(wanted: tuple[str, ...] | None) -> list[str]:
     Raises:
         ConfigError: one does not exist, or is not installed.
     """
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
     installed = get_available_reporting_integrations()
     if wanted is None:
         return [name for name in ("tensorboard",) if name in installed]

@@ -263,6 +263,8 @@ def load_extension_state(model: nn.Module, file: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from None
     state.pop("closed_form", None)
+    # Files made before 2026-11-25 hold the numbers of the temperature without a dimension.
+    state = {name: tensor.reshape(tensor.shape or (1,)) for name, tensor in state.items()}
     _require_same_names(require_extension(model).scalings.state_dict(), state, file)
     for rope in (m for m in model.modules() if isinstance(m, ScaledRope)):
         rope.scalings.load_state_dict(state)

@@ -51,7 +51,7 @@ class TokenLoss:
         # One object for good, or a compiled model would be compiled anew in each call.
         self._losses_for_logits = torch.compiler.disable(self._score_all)
         self._targets: Tensor | None = None
-        self._found: list[tuple[Tensor, Tensor]] = []
+        self._hits: Tensor | None = None
 
     def __call__(
         self,
@@ -75,7 +75,7 @@ class TokenLoss:
             Negative log-likelihoods in nats, float32, (B, last); and whether each token was the
             model's first choice, bool, (B, last). With `targets` (B, T), 0 where not scored.
         """
-        self.check(model, input_ids)
+        self.check(input_ids)
         cut = targets is not None
         if targets is None:
             last = last or input_ids.shape[1] - 1
@@ -83,19 +83,28 @@ class TokenLoss:
             targets = nn.functional.pad(input_ids[:, -last:], (0, 1), value=UNSCORED)
         with self._scoring(targets) as found:
             model(input_ids=input_ids, logits_to_keep=targets.shape[1], use_cache=False, **inputs)
-        losses, hits = found[-1]
+        losses, hits = found
         return (losses, hits) if cut else (losses[:, :-1], hits[:, :-1])
 
     @contextmanager
-    def _scoring(self, targets: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Inside the block the head returns losses."""
+    def _scoring(self, targets: Tensor) -> Iterator[list[Tensor]]:
+        """Inside the block the head returns losses; a pass leaves them and the hits in the list."""
         before = self.head.__dict__.get("forward")
-        self._targets, self._found = targets, []
+        found: list[Tensor] = []
+        self._targets = targets
         self._logits_of, self.head.forward = self.head.forward, self._losses_for_logits
+
+        def keep(_module: Any, _args: Any, output: Tensor) -> None:
+            # What the hooks of sharding engines have made of it: they wait for its gradient.
+            assert self._hits is not None
+            found[:] = output[..., 0], self._hits
+
+        handle = self.head.register_forward_hook(keep)
         try:
-            yield self._found
+            yield found
         finally:
-            self._targets, self._found = None, []
+            handle.remove()
+            self._targets = self._hits = None
             del self.head.forward
             if before is not None:
                 self.head.forward = before
@@ -114,10 +123,8 @@ class TokenLoss:
                 loss, hit = self._score(part, wanted)
             losses.append(loss)
             hits.append(hit)
-        instead = torch.cat(losses, dim=1)[..., None]
-        # Taken from what is returned: sharding engines wait for its gradient to begin theirs.
-        self._found.append((instead[..., 0], torch.cat(hits, dim=1)))
-        return instead
+        self._hits = torch.cat(hits, dim=1)
+        return torch.cat(losses, dim=1)[..., None]
 
     def _finish(self, logits: Tensor) -> Tensor:
         """What the model does to the logits of its head."""
@@ -134,7 +141,7 @@ class TokenLoss:
         return loss.view(targets.shape), logits.detach().argmax(-1) == targets
 
     @torch.no_grad()
-    def check(self, model: nn.Module, input_ids: Tensor) -> None:
+    def check(self, input_ids: Tensor) -> None:
         """Compare our logits of one token of each row with the model's own, the first time.
 
         Raises:
@@ -147,7 +154,8 @@ class TokenLoss:
             lambda _module, _args, output: caught.append(output)
         )
         try:
-            output = model(input_ids=input_ids[:, :8], logits_to_keep=1, use_cache=False)
+            # The model without its wrapping, which may compile a pass of this size for nothing.
+            output = self.plain(input_ids=input_ids[:, :8], logits_to_keep=1, use_cache=False)
         finally:
             handle.remove()
         ours, theirs = self._finish(caught[-1][:, -1:]), output.logits[:, -1:].float()
