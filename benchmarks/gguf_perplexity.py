@@ -5,8 +5,9 @@
         [--lengths 8192,16384] [--threads 2]
 
 The first document is read once, in one context of the longest length; each line is the mean over
-the tokens up to that length. cyllama is the binding with logits of all tokens; `clex export
---verify` compares distributions through xllamacpp, which clex installs as an extra.
+the tokens up to that length, and is printed when they have been read. cyllama is the binding with
+logits of all tokens; `clex export --verify` compares distributions through xllamacpp, which clex
+installs as an extra.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 
 import numpy as np
 from cyllama.llama import llama_cpp
@@ -26,8 +28,8 @@ BATCH = 512
 
 def token_losses(
     path: str, ids: list[int], vocabulary: int, length: int, threads: int
-) -> list[float]:
-    """Loss of every token of `ids` but the first, nats, given all before it.
+) -> Iterator[float]:
+    """Loss of every token of `ids` but the first, nats, given all before it, as they are read.
 
     Args:
         path: a GGUF file.
@@ -46,7 +48,6 @@ def token_losses(
     settings.n_ctx, settings.n_batch, settings.n_ubatch = length, BATCH, BATCH
     settings.n_threads = settings.n_threads_batch = threads
     context = llama_cpp.LlamaContext(model, settings, verbose=False)
-    losses: list[float] = []
     for start in range(0, length, BATCH):
         part = ids[start : start + BATCH]
         batch = llama_cpp.LlamaBatch(n_tokens=BATCH, embd=0, n_seq_max=1)
@@ -55,12 +56,11 @@ def token_losses(
         context.decode(batch)
         for offset in range(len(part)):
             if start + offset + 1 == length:
-                break
+                return
             logits = np.asarray(context.get_logits_ith(offset), dtype=np.float64)
             top = logits.max()
             total = math.log(np.exp(logits - top).sum()) + top
-            losses.append(total - logits[ids[start + offset + 1]])
-    return losses
+            yield total - logits[ids[start + offset + 1]]
 
 
 def main() -> None:
@@ -81,10 +81,14 @@ def main() -> None:
         parser.error(f"the first document has {len(ids)} tokens, fewer than {longest}")
     started = time.perf_counter()
     losses = token_losses(args.model, ids, len(tokenizer), longest, args.threads)
-    print(f"| tokens | perplexity of {args.model} |\n| ---: | ---: |")
-    for length in sorted(args.lengths):
-        print(f"| {length:,} | {math.exp(np.mean(losses[: length - 1])):.2f} |")
-    print(f"\n{time.perf_counter() - started:.0f} s, {args.threads} threads")
+    print(f"| tokens | perplexity of {args.model} | seconds, {args.threads} threads |")
+    print("| ---: | ---: | ---: |")
+    total = 0.0
+    for read, loss in enumerate(losses, start=1):
+        total += loss
+        if read + 1 in args.lengths:
+            passed = time.perf_counter() - started
+            print(f"| {read + 1:,} | {math.exp(total / read):.2f} | {passed:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

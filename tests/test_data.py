@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 import clex
 import tiny
+from clex import decoding
 from clex.data import (
     WindowPlan,
     Windows,
@@ -78,7 +80,59 @@ def test_other_field(tmp_path: Path) -> None:
 def test_bytes_that_are_no_utf8(tmp_path: Path, name: str) -> None:
     text = b"caf\xe9 au lait"
     (tmp_path / name).write_bytes(text if name == "a.txt" else b'{"text": "' + text + b'"}')
-    assert read(tmp_path) == ["caf\ufffd au lait"]
+    with pytest.warns(UserWarning, match="1 characters are not UTF-8"):
+        assert read(tmp_path) == ["caf\ufffd au lait"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_byte_order_marks(tmp_path: Path, name: str, encoding: str) -> None:
+    content = "caf\u00e9" if name == "a.txt" else '{"text": "caf\u00e9"}\n\n{"text": "\u65e5"}\n'
+    data = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    wanted = ["caf\u00e9"] if name == "a.txt" else ["caf\u00e9", "\u65e5"]
+    assert read(tmp_path) == wanted
+
+
+@pytest.mark.parametrize(
+    "data", ["sixteen bits without a mark".encode("utf-16-le") * 3, bytes(range(256)), b"\0" * 99]
+)
+def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match="is not text in UTF-8"):
+        read(tmp_path)
+
+
+def test_odd_characters_are_kept_or_replaced(tmp_path: Path) -> None:
+    """A NUL is a character; half of one, which JSON can hold, is none that a tokenizer takes."""
+    lines = ['{"text": "a\\u0000b"}', '{"text": "\\ud83d"}', '{"text": "\\ud83d\\ude00"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\r\n\r\n")
+    with pytest.warns(UserWarning, match="1 characters"):
+        texts = read(tmp_path)
+    assert texts == ["a\0b", "\ufffd", "\U0001f600"]
+    with pytest.warns(UserWarning, match="1 characters"):
+        assert len(load_tokens(tmp_path, tiny.make_tokenizer())) == 3
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_document_that_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One endless line is refused before more of it than a document's worth is in memory."""
+    monkeypatch.setattr(decoding, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(decoding, "_MOST_LINE", 6000)
+    opener = gzip.open if name.endswith(".gz") else open
+    for size, words in ((1001, "1,000 characters in one document"), (5_000_000, ",000 characters")):
+        with opener(tmp_path / name, "wt") as file:
+            file.write("x" * size if name == "a.txt" else json.dumps({"text": "x" * size}))
+        tracemalloc.start()
+        with pytest.raises(DataError, match=words):
+            read(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+        tracemalloc.stop()
+    with opener(tmp_path / name, "wt") as file:
+        file.write("x" * 1000 if name == "a.txt" else json.dumps({"text": "x" * 1000}))
+    assert read(tmp_path) == ["x" * 1000]
 
 
 def cut_gz(folder: Path) -> None:
@@ -110,6 +164,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "field is no text": (text("a.jsonl", '{"text": 5}'), "line 1: no text in field 'text'"),
     "line is a list": (text("a.jsonl", "[1]"), "line 1: no text"),
     "line is no JSON": (text("a.jsonl", '{"text": '), "cannot read .*a.jsonl"),
+    "line without an end": (text("a.jsonl", "[" * 100_000), "cannot read .*a.jsonl"),
     "no column": (
         lambda folder: write_parquet(folder / "a.parquet", "body", "x"),
         "no column 'text' .columns: body.",

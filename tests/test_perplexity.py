@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -19,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 import clex
 import tiny
 from clex.config import ClexConfig
+from clex.data import find_files, read_documents
 from clex.errors import CheckpointError, ClexError, ConfigError, DataError, OutputError
-from clex.evaluation import perplexity
+from clex.evaluation import longppl, perplexity
 from clex.evaluation.perplexity import (
     PerplexityPlan,
     cut_windows,
@@ -34,7 +36,7 @@ from clex.evaluation.scores import Row, Score, ScoreLog, differences, rows_of
 from clex.evaluation.token_bytes import token_bytes
 from clex.hf import loss as loss_module
 from clex.hf.extend import scale_for
-from clex.hf.models import load_tokenizer
+from clex.hf.models import assets_folder, load_tokenizer
 from clex.run import EvalConfig, run_perplexity
 
 ALL = ("window", "target", "position", "sliding")
@@ -365,7 +367,10 @@ def job(tmp_path: Path) -> Any:
         def run(out: str, **changes: Any) -> list[Row]:
             settings: dict[str, Any] = {"max_scale": 4, "evaluation": evaluation, "device": "cpu"}
             return run_perplexity(
-                str(model), data, tmp_path / out, console=quiet(), **{**settings, **changes}
+                str(model),
+                out=tmp_path / out,
+                console=quiet(),
+                **{**settings, "data": data, **changes},
             )
 
         yield run
@@ -428,9 +433,26 @@ def test_other_settings_are_refused(job: Any, tmp_path: Path) -> None:
         job("thesis", evaluation=short, overwrite=True)
 
 
-def test_evaluator_of_another_vocabulary(job: Any) -> None:
-    evaluation = EvalConfig(protocols=("longppl",), evaluator="tiny-llama")
-    with pytest.raises(ConfigError, match="'tiny-llama' has another vocabulary"):
+def test_evaluator_of_another_vocabulary(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judged model reads bytes; tiny-llama reads the same text in its own tokens."""
+    monkeypatch.setattr(longppl, "GAIN", 0.2)
+    monkeypatch.setattr(longppl, "MOST_LOSS", 4.0)
+    evaluation = EvalConfig(lengths=(400, 800), protocols=("longppl",), truncation=40)
+    book = tmp_path / "book.txt"
+    text = next(read_documents(find_files(assets_folder() / "books" / "test.jsonl.gz")))
+    book.write_text(text[5000:6700])
+    tiny_llama = dataclasses.replace(evaluation, evaluator="tiny-llama")
+    rows = job("out", evaluation=tiny_llama, data=book, max_scale=12.5)
+    assert {(row.protocol, row.length) for row in rows} == {("longppl", 400), ("longppl", 800)}
+    assert all(0 < row.tokens < 800 for row in rows)
+
+
+def test_nothing_needs_a_long_context(job: Any) -> None:
+    """Random text to a random model: no token is a key token."""
+    evaluation = EvalConfig(lengths=(96, 256), protocols=("longppl",), truncation=24)
+    with pytest.raises(DataError, match="no key tokens in 4 windows"):
         job("out", evaluation=evaluation)
 
 

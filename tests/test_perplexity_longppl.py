@@ -18,7 +18,7 @@ import clex
 import tiny
 from clex.config import ClexConfig
 from clex.errors import CheckpointError
-from clex.evaluation.longppl import find_key_tokens, key_tokens_of, short_losses
+from clex.evaluation.longppl import Evaluator, find_key_tokens, key_tokens_of, short_losses
 from clex.evaluation.perplexity import PerplexityPlan, Reader, evaluate_methods
 
 TRUNCATION = 32
@@ -85,7 +85,7 @@ def test_longppl_of_another_model(evaluator: Any, tokens: datasets.Dataset) -> N
     """The judged model is not the evaluator; lengths above K only; all windows."""
     judged = tiny.make_model(seed=3)
     console = Console(file=io.StringIO())
-    found = key_tokens_of(evaluator, tokens, PLAN, console=console)
+    found = key_tokens_of(Evaluator(evaluator), tokens, PLAN, console=console)
     assert list(found) == [(0, 0), (1, 0), (1, 1)]
     methods = {"base": None, "yarn": ClexConfig(method="yarn", max_scale=4)}
     rows = evaluate_methods(judged, tokens, PLAN, methods, console, key_tokens=found)
@@ -124,16 +124,16 @@ def test_key_tokens_are_kept(
     evaluator: Any, tokens: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, console = tmp_path / "key_tokens.json", Console(file=io.StringIO())
-    first = key_tokens_of(evaluator, tokens, PLAN, file, console)
+    first = key_tokens_of(Evaluator(evaluator), tokens, PLAN, file, console)
 
     def unused(*_: Any) -> Any:
         raise AssertionError("found already")
 
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "__call__", unused)
-        again = key_tokens_of(evaluator, tokens, PLAN, file, console)
+        again = key_tokens_of(Evaluator(evaluator), tokens, PLAN, file, console)
     assert again.keys() == first.keys()
     assert all(torch.equal(again[key], first[key]) for key in first)
     file.write_text("[{}]")
     with pytest.raises(CheckpointError, match=r"key_tokens\.json is damaged"):
-        key_tokens_of(evaluator, tokens, PLAN, file, console)
+        key_tokens_of(Evaluator(evaluator), tokens, PLAN, file, console)

@@ -139,6 +139,8 @@ def test_results(finished: Path) -> None:
         "differences.csv",
         "documents.jsonl",
         "log.jsonl",
+        "training.png",
+        "tensorboard",
         CONFIG_FILE,
         WEIGHTS_FILE,
         "checkpoints",

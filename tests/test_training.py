@@ -333,7 +333,7 @@ def test_sigkill_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(path: Path, value: Any) -> None:
-        if value == {"step": 4}:
+        if path.name == "complete.json" and value["step"] == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         write_json(path, value)
 
@@ -522,3 +522,45 @@ def test_checkpointing_of_activations_changes_nothing(tmp_path: Path) -> None:
         return (tmp_path / how / WEIGHTS_FILE).read_bytes()
 
     assert trained("on") == trained("off")
+
+
+# What is written down.
+
+
+def test_frequencies_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "EVERY", 3)
+    model = run(tmp_path, steps=7, save_every=7, dynamics_rate=1e-2)
+    records = read_log(tmp_path)
+    logged = {r["step"]: r for r in records if any(key.startswith("frequency/") for key in r)}
+    assert list(logged) == [1, 3, 6, 7]
+    one, four = (clex.frequencies(model, t) for t in (1.0, 4.0))
+    for dim in (0, 2, 4, 5, 7):  # of 8 pairs
+        key = f"frequency/t4/dim{dim}"
+        assert logged[7][key] == pytest.approx((four[dim] / one[dim]).item(), rel=1e-6)
+    assert logged[7]["frequency/t4/dim7"] != logged[1]["frequency/t4/dim7"]
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_closed_forms_have_no_curve_of_frequencies(tmp_path: Path) -> None:
+    yarn = clex.extend(tiny.make_model(), clex.ClexConfig(method="yarn", max_scale=4))
+    run(tmp_path, yarn, depth="full", rate=1e-3)
+    assert not any(key.startswith("frequency/") for r in read_log(tmp_path) for key in r)
+
+
+def test_unknown_integration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'tensorboard'"):
+        run(tmp_path, report_to=("tensorbord",))
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    """By default where it is installed, without it when told so."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path / "with")
+    found = events.EventAccumulator(str(tmp_path / "with" / "tensorboard"))
+    found.Reload()
+    tags = found.Tags()["scalars"]
+    assert {"train/loss", "train/frequency/t4/dim7"} <= set(tags)
+    losses = [record["loss"] for record in read_log(tmp_path / "with")]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses)
+    run(tmp_path / "without", report_to=("none",))
+    assert not (tmp_path / "without" / "tensorboard").exists()

@@ -24,6 +24,13 @@ _LIMITS = {
     "steps": (1, 4096),
 }
 
+# A list of names in a config file is no longer than this.
+_MOST_NAMES = 64
+_TEXTS = (
+    *("preset", "method", "grid", "temperature", "positions"),
+    *("field", "base", "activation", "solver"),
+)
+
 # How the whole of training and inference looks; every method uses these.
 _REGIME: dict[str, dict[str, Any]] = {
     "default": {
@@ -132,6 +139,10 @@ class ClexConfig:
     steps: int = _FROM_PRESET
 
     def __post_init__(self) -> None:
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name} must be a name, not {value!r}")
         if self.preset not in PRESETS:
             raise ConfigError(unknown("preset", self.preset, PRESETS))
         self._fill(_REGIME[self.preset])
@@ -173,15 +184,15 @@ class ClexConfig:
             isinstance(key, str) for key in self.options
         ):
             raise ConfigError(f"options must be a mapping from names, not {self.options!r}")
-        if not isinstance(self.post, list | tuple) or not all(
-            isinstance(name, str) for name in self.post
-        ):
-            raise ConfigError(f"post must be a list of names, not {self.post!r}")
-        object.__setattr__(self, "post", tuple(self.post))
-        if self.layer_types is not None:
-            if isinstance(self.layer_types, str):
-                raise ConfigError(f"layer_types must be a list, not {self.layer_types!r}")
-            object.__setattr__(self, "layer_types", tuple(self.layer_types))
+        for name in ("post", "layer_types"):
+            value = getattr(self, name)
+            if value is None and name == "layer_types":
+                continue
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"{name} must be a list of names, not {value!r}")
+            if len(value) > _MOST_NAMES:
+                raise ConfigError(f"{name} has {len(value)} names (valid: up to {_MOST_NAMES})")
+            object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "options", dict(self.options))
 
     def _fill(self, values: Mapping[str, Any]) -> None:

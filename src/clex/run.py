@@ -16,10 +16,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from . import processes
 from .config import ClexConfig
-from .data import load_tokens, split_documents
-from .errors import ConfigError
-from .evaluation.longppl import KEYS_FILE, key_tokens_of
+from .data import load_mixture, load_tokens, parse_sources, split_documents
+from .errors import ConfigError, DataError
+from .evaluation.alignment import Aligner
+from .evaluation.longppl import KEYS_FILE, Evaluator, key_tokens_of
 from .evaluation.perplexity import (
     PerplexityPlan,
     Row,
@@ -32,7 +34,15 @@ from .evaluation.report import tables, write_report
 from .evaluation.scores import DOCUMENTS_FILE, Difference, ScoreLog, differences
 from .evaluation.token_bytes import token_bytes
 from .files import read_json, write_json
-from .hf.checkpoint import base_name, is_checkpoint, load, load_config, require_loadable
+from .hf.checkpoint import (
+    base_name,
+    is_checkpoint,
+    load,
+    load_config,
+    read_about,
+    require_loadable,
+    require_whole,
+)
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .measured import load_measured, own_name, training_free
@@ -140,7 +150,7 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
 
 def run_extend(
     model_name: str,
-    data: str | Path,
+    data: str | Path | Sequence[str],
     out: str | Path,
     *,
     clex: ClexConfig,
@@ -157,11 +167,13 @@ def run_extend(
     """Extend a model's context window and say what came of it.
 
     Everything that can be wrong with the input is found before `out` is touched. A run that was
-    interrupted goes on when it is started again with the same settings.
+    interrupted goes on when it is started again with the same settings. Of several processes, which
+    `torchrun` or `accelerate launch` started, all train; the main one measures and writes.
 
     Args:
         model_name: see `clex.hf.models.load_base`.
-        data: training text, see `clex.data.load_tokens`.
+        data: training text, see `clex.data.load_tokens`; or several, see
+            `clex.data.parse_sources`.
         out: folder for the result; made if it does not exist.
         clex: how the model is extended.
         training: how it is trained.
@@ -177,16 +189,21 @@ def run_extend(
 
     Returns:
         Rows for the rivals (the plain model and training-free YaRN by default) and for the
-        extended model.
+        extended model; none in other processes than the main one.
 
     Raises:
         ClexError: one line that says what is wrong with the input or the output folder.
     """
-    console = console or Console(stderr=True)
+    processes.join()
+    main = processes.is_main()
+    console = console if console and main else Console(stderr=True, quiet=not main)
     out = Path(out)
+    sources = parse_sources([str(data)] if isinstance(data, str | Path) else data)
+    if len(sources) > 1:
+        training = dataclasses.replace(training, shares=tuple(sources.values()))
     settings = {
         "model": model_name,
-        "data": str(data),
+        "data": list(sources) if len(sources) > 1 else next(iter(sources)),
         "eval_data": str(eval_data) if eval_data else None,
         "choose_start": choose_start,
         "field": field,
@@ -198,8 +215,17 @@ def run_extend(
     place = choose_device(device)
     if "longppl" in evaluation.protocols:
         raise ConfigError("LongPPL needs an evaluator; measure it with clex eval ppl")
-    begun = holds_run(out, settings, overwrite, "clex extend")
-    if begun and (out / "results.json").is_file() and is_checkpoint(out):
+
+    def finished() -> bool:
+        begun = holds_run(out, settings, overwrite, "clex extend")
+        whole = begun and (out / "results.json").is_file() and is_checkpoint(out)
+        if whole:
+            require_whole(out, read_about(out))
+        return whole
+
+    if processes.agreed(finished):
+        if not main:
+            return []
         rows = [Row(**row) for row in read_json(out / "results.json")]
         console.print(f"{out} holds this run, finished; --overwrite starts it anew")
         _say_result(console, rows, out, load_config(out).native_length)
@@ -209,7 +235,7 @@ def run_extend(
     dtype = torch.bfloat16 if frozen else torch.float32
     plain = load_base(model_name, dtype=dtype, device=place)
     tokenizer = load_tokenizer(model_name)
-    tokens = load_tokens(data, tokenizer, field)
+    tokens = load_mixture(list(sources), tokenizer, field)
     if eval_data is None:
         tokens, held_out = split_documents(tokens)
     else:
@@ -241,13 +267,12 @@ def run_extend(
     _say_lengths(console, list(tokens["length"]), native, resolved.max_scale)
 
     sizes = token_bytes(tokenizer)
-    with claimed(out, settings, overwrite):
-        log = ScoreLog(out / DOCUMENTS_FILE)
-        baseline_file = out / _BASELINE_FILE
-        if baseline_file.is_file():
-            baseline = read_json(baseline_file)
-            rows, base = [Row(**row) for row in baseline["rows"]], baseline["base"]
-        else:
+    with claimed(out, settings, overwrite) if main else contextlib.nullcontext():
+        log = ScoreLog(out / DOCUMENTS_FILE) if main else None
+
+        def baseline() -> dict[str, Any]:
+            if (out / _BASELINE_FILE).is_file():
+                return dict(read_json(out / _BASELINE_FILE))
             with autocast(place, training.precision):
                 rows = evaluate_methods(
                     plain, held_out, plan, free, console, token_bytes=sizes, log=log
@@ -256,9 +281,14 @@ def run_extend(
                 true_lengths = training.depth == "dynamics" and training.train_length is None
                 if choose_start and true_lengths and start is None and clex.method == "clex":
                     base = choose_base(plain, tokens, clex, seed=training.seed, console=console)
-            write_json(baseline_file, {"rows": [row.to_dict() for row in rows], "base": base})
-        if base is not None:
-            clex = clex.replace(base=base)
+            found = {"rows": [row.to_dict() for row in rows], "base": base}
+            write_json(out / _BASELINE_FILE, found)
+            return found
+
+        before_training = processes.agreed(baseline)
+        rows = [Row(**row) for row in before_training["rows"]]
+        if before_training["base"] is not None:
+            clex = clex.replace(base=before_training["base"])
         torch.manual_seed(training.seed)
         model = load(start, plain) if start is not None else extend(plain, clex)
         model = train(
@@ -270,6 +300,11 @@ def run_extend(
             tokenizer=tokenizer,
             console=console,
         )
+        if not main:
+            return []
+        assert log is not None
+        if processes.cut_up(model):  # it answers to all processes together only
+            model = load(out, dtype=dtype, device=place)
         with autocast(place, training.precision):
             name = own_name(clex.method, free)
             rows += evaluate_extended(
@@ -362,6 +397,12 @@ def run_perplexity(
                 evaluation.evaluator, extended, plain, config, tokenizer
             ) as judge:
                 keys = key_tokens_of(judge, tokens, plan, out / KEYS_FILE, console)
+            if plan.protocols == ("longppl",) and not any(map(len, keys.values())):
+                raise DataError(
+                    f"no key tokens in {len(keys)} windows: the evaluator"
+                    f" {evaluation.evaluator or model_name} finds nothing that needs a long"
+                    f" context; give another --evaluator, longer texts or other --protocols"
+                )
         rows = evaluate_methods(
             plain,
             tokens,
@@ -389,28 +430,38 @@ def long_context_evaluator(
     plain: nn.Module,
     config: ClexConfig,
     tokenizer: Any,
-) -> Iterator[nn.Module]:
-    """The model that finds the key tokens of LongPPL.
+) -> Iterator[Evaluator]:
+    """The model that finds the key tokens of LongPPL, for the length of a block.
 
-    Raises:
-        ConfigError: it has another vocabulary than the judged models.
+    Args:
+        name: a plain model or a result of ``clex extend``; if not given, the extended model, or
+            else the plain one.
+        extended, plain: the judged models.
+        config: their extension.
+        tokenizer: of the judged models. The evaluator may have another one.
     """
     if name is None and extended is not None:
-        yield extended
+        yield Evaluator(extended)
         return
+    aligner, reach = None, config.max_scale
     if name is not None:
         checkpoint = is_checkpoint(name)
-        source = base_name(name) if checkpoint else name
-        if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(f"evaluator {name!r} has another vocabulary than the judged model")
+        own = load_tokenizer(base_name(name) if checkpoint else name)
+        if own.get_vocab() != tokenizer.get_vocab():
+            aligner = Aligner(tokenizer, own)
         dtype, device = next(plain.parameters()).dtype, next(plain.parameters()).device
         if checkpoint:
-            yield load(name, dtype=dtype, device=device)
+            yield Evaluator(load(name, dtype=dtype, device=device), aligner)
             return
         plain = load_base(name, dtype=dtype, device=device)
+        with as_method(plain, ClexConfig(method="none")) as probe:
+            window = config_of(probe).native_length
+        assert config.native_length is not None and window is not None
+        # It must read what the judged models read, whatever its own window is.
+        reach *= config.native_length / window
     # A plain model cannot read past its window; inside it, YaRN changes nothing.
-    with as_method(plain, ClexConfig(method="yarn", max_scale=config.max_scale)) as judge:
-        yield judge
+    with as_method(plain, ClexConfig(method="yarn", max_scale=max(1.0, reach))) as judge:
+        yield Evaluator(judge, aligner)
 
 
 def _weights_digest(model: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,11 @@ import torch
 import transformers
 
 from .errors import CheckpointError, OutputError
-from .files import output_errors, read_json, write_json
+from .files import TEMPORARY, only_writer, output_errors, read_json, remove_temporary, write_json
 from .version import __version__
 
 RUN_FILE = "run.json"
+_LOCK = ".lock"
 
 
 def versions() -> dict[str, str]:
@@ -47,7 +47,9 @@ def holds_run(out: Path, settings: Mapping[str, Any], overwrite: bool, command: 
         return False
     if not out.is_dir():
         raise OutputError(f"{out} is a file, not a folder")
-    content = [p.name for p in out.iterdir() if p.name != ".lock"]
+    with output_errors(out):
+        content = [p.name for p in out.iterdir()]
+    content = [name for name in content if name != _LOCK and not name.startswith(TEMPORARY)]
     if not content:
         return False
     if RUN_FILE not in content:
@@ -76,21 +78,16 @@ def claimed(out: Path, settings: Mapping[str, Any], overwrite: bool) -> Iterator
     """
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"another process is writing to {out}") from None
+    with only_writer(out, out / _LOCK):
+        remove_temporary(out)
         if overwrite:
             for entry in out.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry)
-                elif entry.name != ".lock":
+                elif entry.name != _LOCK:
                     entry.unlink()
         write_json(out / RUN_FILE, {"settings": _plain(settings), "versions": versions()})
         yield
-        (out / ".lock").unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -55,11 +55,12 @@ class Learned(Temperature):
 
     def __init__(self, native_length: int) -> None:
         super().__init__(native_length)
-        self.log_gain = nn.Parameter(torch.zeros(()))
-        self.log_rate = nn.Parameter(torch.zeros(()))
+        # Of one entry, since DeepSpeed cannot send a parameter without a dimension.
+        self.log_gain = nn.Parameter(torch.zeros(1))
+        self.log_rate = nn.Parameter(torch.zeros(1))
 
     def forward(self, t: Tensor) -> Tensor:
-        p, q = 2 * torch.tanh(self.log_gain / 2), 2 * torch.tanh(self.log_rate / 2)
+        p, q = 2 * torch.tanh(self.log_gain[0] / 2), 2 * torch.tanh(self.log_rate[0] / 2)
         growth = q.exp() * t.log() / math.log(self.native_length)
         return (0.5 * p.exp() * growth.log1p()).exp()
 

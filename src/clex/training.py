@@ -3,16 +3,22 @@
 One flag decides how much of the model moves: ``dynamics`` fits the few numbers of the extension
 on windows of the true target lengths, ``lora`` adds low-rank adapters, ``full`` trains all weights;
 the last two at one train length, with sampled positions that show the distances of longer texts.
+
+Engines of accelerate (DDP, FSDP2, ZeRO-3, context parallelism) cut the work across processes. What
+is trained on does not depend on the cut: scale and positions belong to a whole window.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
-import os
+import pickle
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +29,44 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from . import processes
 from .config import ClexConfig
 from .data import WindowPlan, Windows, collate
-from .errors import ConfigError, TrainingError, unknown
-from .files import write_json
-from .hf.checkpoint import WEIGHTS_FILE, Weights, load_extension_state, save
+from .digests import digests_of, require_digests
+from .errors import CheckpointError, ConfigError, TrainingError, unknown
+from .files import output_errors, read_json, write_json
+from .hf.checkpoint import (
+    WEIGHTS_FILE,
+    Weights,
+    load_extension_state,
+    save,
+    save_extension_state,
+)
 from .hf.extend import at_scale, config_of, require_extension
-from .hf.loss import TokenLoss
-from .hf.rotary import ScaledRope
+from .hf.loss import UNSCORED, TokenLoss
+from .hf.rotary import ropes_of
 from .positions import parse_mixture, sample_positions
+from .scaling import get_scaling
+from .training_log import (
+    EVERY,
+    LOG_FILE,
+    TENSORBOARD_FOLDER,
+    draw_training,
+    frequency_ratios,
+    integrations,
+)
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
 _COMPLETE = "complete.json"
+# A comparison lists the windows of each method, so that they cannot be without number.
+_MOST_WINDOWS = 2**27
 
 # What is tried first at each depth; see docs/log.md for the runs that chose these.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -62,8 +90,10 @@ class TrainConfig:
         dynamics_rate: learning rate of the extension.
         min_scale, max_scale: range of the scales in training; from 1 to the extension's own
             `max_scale` if not given. A smaller range tests what the dynamics extrapolate.
-        batch_size: windows in a forward pass.
-        accumulation: forward passes in a step.
+        batch_size: windows in a forward pass of one process.
+        accumulation: forward passes of each process in a step.
+        global_batch: windows in a step of all processes together. If it is given `accumulation`
+            follows from it, and a run may go on with another number of processes.
         warmup: share of the steps in which the rates rise.
         weight_decay: on weights; never on the extension.
         clip: largest gradient norm, of the weights and of the extension each on its own.
@@ -74,6 +104,8 @@ class TrainConfig:
             of the range is safe.
         loss_windows: of a window of its scale's true length the last
             ``loss_windows * native_length`` tokens are scored: their distances are new.
+        shares: share of the windows from each source of a mixture (`clex.data.load_mixture`).
+        long_factor: how much more often than by their size documents that fill a window are drawn.
         lora_rank: rank of the adapters.
         seed: of everything that is drawn.
         save_every: steps between checkpoints.
@@ -81,7 +113,8 @@ class TrainConfig:
         checkpointing: recompute activations in the backward pass: ``"auto"`` (for windows above
             16,384 tokens), ``"on"`` or ``"off"``.
         compile: compile the decoder layers with torch.compile.
-        report_to: logging integrations of the Trainer, such as ``tensorboard``.
+        report_to: logging integrations of the Trainer; TensorBoard, where it is installed, if not
+            given, and ``("none",)`` for none.
 
     Raises:
         ConfigError: a value is unknown or out of range.
@@ -96,6 +129,7 @@ class TrainConfig:
     max_scale: float | None = None
     batch_size: int = _FROM_DEPTH
     accumulation: int = 1
+    global_batch: int | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -103,13 +137,15 @@ class TrainConfig:
     curriculum: float = 0.0
     margin: float = 0.125
     loss_windows: float = 0.5
+    shares: tuple[float, ...] = ()
+    long_factor: float = 1.0
     lora_rank: int = 16
     seed: int = 0
     save_every: int = 50
     precision: str = "auto"
     checkpointing: str = "auto"
     compile: bool = False
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.depth not in DEPTHS:
@@ -135,19 +171,45 @@ class TrainConfig:
             "curriculum": (0.0, 1.0),
             "margin": (0.0, 1.0),
             "loss_windows": (0.01, 1e6),
+            "long_factor": (0.01, 1e6),
             "lora_rank": (1, 4096),
             "save_every": (1, 10_000_000),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
+        if self.global_batch is not None:
+            at_once = self.batch_size * processes.readers()
+            if self.accumulation not in (1, self.global_batch // at_once):
+                raise ConfigError("give either accumulation or a global batch, not both")
+            if self.global_batch < 1 or self.global_batch % at_once:
+                raise ConfigError(
+                    f"global batch {self.global_batch} is no multiple of {at_once} windows"
+                    f" (batch_size {self.batch_size} in {processes.readers()} processes)"
+                )
+            object.__setattr__(self, "accumulation", self.global_batch // at_once)
+        windows = self.steps * self.windows_per_step
+        if windows > _MOST_WINDOWS:
+            raise ConfigError(
+                f"{self.steps:,} steps of {self.windows_per_step:,} windows are out of range"
+                f" (valid: up to {_MOST_WINDOWS:,} windows in all)"
+            )
         if self.train_length is not None and not 8 <= self.train_length <= 2**27:
             raise ConfigError(f"train_length = {self.train_length} is out of range (at least 8)")
 
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in a step of all processes together."""
+        return self.batch_size * self.accumulation * processes.readers()
+
     def to_dict(self) -> dict[str, Any]:
-        """All values as plain JSON types."""
-        return dataclasses.asdict(self)
+        """What a result depends on, as plain JSON types; not how a step is cut or logged."""
+        values = dataclasses.asdict(self)
+        del values["batch_size"], values["accumulation"], values["report_to"]
+        return {**values, "global_batch": self.windows_per_step}
 
 
 def train(
@@ -163,6 +225,7 @@ def train(
     """Train an extended model and save it to `folder`.
 
     An interrupted run goes on from its last checkpoint when it is started again on the same folder.
+    In a run of several processes all of them call this; the main one writes.
 
     Args:
         model: from `clex.extend`.
@@ -174,43 +237,72 @@ def train(
         console: where progress is shown.
 
     Returns:
-        The trained model; a PEFT model at depth ``lora``.
+        The trained model; a PEFT model at depth ``lora``. Under an engine that cuts weights up it
+        can only be called by all processes together; read the folder instead.
 
     Raises:
         ConfigError: the train length does not fit the model or the sampler.
         DataError: documents are too short.
-        TrainingError: the loss became NaN or infinite; the last good checkpoint is kept.
+        TrainingError: the loss became NaN or infinite, or another process ended; the last good
+            checkpoint is kept.
+        CheckpointError: the checkpoint to go on from is damaged.
+        OutputError: the disk is full, or `folder` cannot be written.
     """
     folder = Path(folder)
+    trainer = make_trainer(model, tokens, config, folder)
+    model = trainer.extended
+    console = console or Console(stderr=True, quiet=not processes.is_main())
+    shown = _Progress(trainer, folder / LOG_FILE, console)
+    trainer.add_callback(shown)
+    checkpoint = processes.agreed(lambda: _last_undamaged(folder / "checkpoints"))
+    trainer.require_same_run(checkpoint)
+    try:
+        with processes.others_alive(lambda: _way_on(folder / "checkpoints")):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            state = trainer.whole_weights()
+    except pickle.UnpicklingError as error:  # all is read without running what it holds
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        shown.progress.stop()  # gives the cursor back, after an error too
+    if processes.is_main():
+        save(
+            model,
+            folder,
+            weights=DEPTHS[config.depth],
+            base_model=base_model,
+            tokenizer=tokenizer if config.depth != "dynamics" else None,
+            state=state,
+        )
+        draw_training(folder)
+    return model.eval()
+
+
+def make_trainer(
+    model: nn.Module, tokens: datasets.Dataset, config: TrainConfig, folder: Path
+) -> ExtensionTrainer:
+    """The trainer that `train` runs, before its first step; arguments and errors are those."""
+    processes.join()
     extension = config_of(model)
     plan = check_plan(extension, config, tokens)
     windows = Windows(tokens, plan, _items(config), config.seed)
     set_seed(config.seed)  # adapters are drawn before the Trainer sets it
     model = _prepare(model, config)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+    if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
-    assert extension.native_length is not None
-    longest = plan.window(plan.max_scale)
-    arguments = _arguments(config, folder / "checkpoints", longest)
+    with output_errors(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    arguments = _arguments(config, folder / "checkpoints", plan.window(plan.max_scale))
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
     )
-    shown = _Progress(trainer, folder / "log.jsonl", console or Console(stderr=True))
-    trainer.add_callback(shown)
-    checkpoint = _last_complete(folder / "checkpoints")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        shown.progress.stop()  # gives the cursor back, after an error too
-    save(
-        model,
-        folder,
-        weights=DEPTHS[config.depth],
-        base_model=base_model,
-        tokenizer=tokenizer if config.depth != "dynamics" else None,
-    )
-    return model.eval()
+    if "tensorboard" in integrations(config.report_to) and processes.is_main():
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(log_dir=str(folder / TENSORBOARD_FOLDER))
+        trainer.add_callback(TensorBoardCallback(writer))
+    return trainer
 
 
 def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Dataset) -> WindowPlan:
@@ -239,6 +331,15 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
             " raise accumulation instead, or give a train length"
         )
     parse_mixture(extension.positions)
+    # The engine gives each process a piece from the front and one from the back of a text.
+    cut = 2 * processes.pieces() if processes.pieces() > 1 else 1
+    if cut > 1 and not get_scaling(extension.method).rotates:
+        raise ConfigError(f"method {extension.method!r} cannot cut a text across processes")
+    if length is not None and length % cut:
+        raise ConfigError(
+            f"train length {length} is no multiple of {cut}, into which"
+            f" {processes.pieces()} processes cut each window"
+        )
     most = config.max_scale or extension.max_scale
     if not 1 <= config.min_scale <= most <= extension.max_scale:
         raise ConfigError(
@@ -254,6 +355,10 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
         native_share=config.native_share,
         integer_scales=extension.integer_scales,
         rising=round(config.curriculum * _items(config)),
+        multiple=cut,
+        packed=cut == 1,
+        shares=config.shares,
+        long_factor=config.long_factor,
     )
     Windows(tokens, plan, count=1)
     return plan
@@ -261,8 +366,7 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
 
 def _items(config: TrainConfig) -> int:
     """Windows of a whole run, of all processes together."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return config.steps * config.batch_size * config.accumulation * processes
+    return config.steps * config.windows_per_step
 
 
 def _prepare(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -316,7 +420,8 @@ def _arguments(config: TrainConfig, folder: Path, longest: int) -> TrainingArgum
         remove_unused_columns=False,
         dataloader_num_workers=0,
         disable_tqdm=True,
-        report_to=list(config.report_to) or "none",
+        # TensorBoard gets a folder of its own.
+        report_to=[n for n in integrations(config.report_to) if n != "tensorboard"] or "none",
         accelerator_config={"use_seedable_sampler": True},
         **(_recompute() if checkpointing else {}),
     )
@@ -355,6 +460,9 @@ class ExtensionTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self._pending: Tensor | None = None
         self._pending_step = 0
+        self.pieces = processes.pieces()
+        if self.is_fsdp_enabled:
+            self._keep_dynamics_whole()
         # No "default" handlers that print: progress is shown by our own callback.
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":
@@ -364,35 +472,112 @@ class ExtensionTrainer(Trainer):
         # Items are random already, each by its own number.
         return SequentialSampler(self.windows)
 
+    def _keep_dynamics_whole(self) -> None:
+        """Tell FSDP2 to leave the extension alone, in float32, and to add gradients in float32."""
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        if getattr(plugin, "fsdp_version", 1) != 2:
+            raise ConfigError("clex trains under FSDP version 2 only: fsdp_version: 2")
+        plugin.ignored_modules = [rope.scalings for rope in ropes_of(self.extended)]
+        # It would move the extension to the meta device; each process has loaded the model.
+        plugin.cpu_ram_efficient_loading = False
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self.args.bf16 else None, reduce_dtype=torch.float32
+        )
+        processes.same_everywhere(learned_parameters(self.extended))
+
+    def _positions(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Positions (B, n) of the tokens of whole windows; `None`: 0, 1, ..., n - 1."""
+        ids, native = inputs["input_ids"], self.extension.native_length
+        assert native is not None
+        if self.true_lengths:
+            return None
+        return sample_positions(
+            self.extension.positions,
+            ids.shape[1],
+            inputs["scale"],
+            inputs["seed"],
+            native,
+            self.windows.plan.max_scale,
+        )
+
+    def _scored(self, n: int) -> int:
+        """How many tokens of a window of `n` are scored, from its end."""
+        native = self.extension.native_length
+        assert native is not None
+        return min(n - 1, round(self.config.loss_windows * native)) if self.true_lengths else n - 1
+
+    def _prepare_context_parallel_inputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """The context in which each process has its piece of tokens, targets and positions.
+
+        Positions are made for the whole window and cut with it. The host's own `position_ids`
+        count the tokens of the piece, and so index the piece of the table.
+        """
+        if self.pieces == 1:
+            return contextlib.nullcontext, inputs
+        ids = inputs["input_ids"]
+        self.token_loss.check(ids)
+        positions = self._positions(inputs)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
+            positions = positions.repeat(len(ids), 1)
+        targets = nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
+        targets[:, : -self._scored(ids.shape[1]) - 1] = UNSCORED
+        inputs = {**inputs, "positions": positions, "targets": targets}
+        buffers = [ids, positions, targets]
+        context = functools.partial(
+            self.accelerator.maybe_context_parallel,
+            buffers=buffers,
+            buffer_seq_dims=[1, 1, 1],
+            no_restore_buffers=set(buffers),
+        )
+        return context, inputs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A forward and a backward pass; after the last one of a step gradients are whole."""
+        loss = super().training_step(*args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            processes.average_gradients(learned_parameters(self.extended))
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss over the scored tokens of the batch."""
+        """Mean over windows of their mean loss, which no cut of a batch changes."""
         inputs = dict(inputs)
-        scale, seed = inputs.pop("scale"), inputs.pop("seed")
-        ids, native = inputs["input_ids"], self.extension.native_length
-        assert native is not None
-        n = ids.shape[1]
+        ids = inputs["input_ids"]
         self.tokens_seen += ids.numel()
-        last, positions = n - 1, None
-        if self.true_lengths:
-            last = min(n - 1, round(self.config.loss_windows * native))
-        else:
-            most = self.windows.plan.max_scale
-            positions = sample_positions(self.extension.positions, n, scale, seed, native, most)
+        targets = inputs.pop("targets", None)
+        positions = inputs.pop("positions") if targets is not None else self._positions(inputs)
+        scale = inputs.pop("scale")
+        del inputs["seed"]
+        last = self._scored(ids.shape[1] * self.pieces)
         with at_scale(self.extended, scale, positions), self.accelerator.autocast():
-            losses, _ = self.token_loss(model, last=last, **inputs)
+            what: dict[str, Any] = {"last": last} if targets is None else {"targets": targets}
+            losses, _ = self.token_loss(model, **inputs, **what)
         self._watch(losses)
-        if "position_ids" in inputs:
+        if targets is not None:
+            # The pieces' losses add up, but the engine takes the mean of the pieces' gradients.
+            loss = losses.sum(dim=1).mean() * (self.pieces / last)
+        elif "position_ids" in inputs:
             scored = (inputs["position_ids"][:, -last:] != 0).float()
-            loss = (losses * scored).sum() / scored.sum().clamp(min=1)
+            loss = ((losses * scored).sum(dim=1) / scored.sum(dim=1).clamp(min=1)).mean()
         else:
             loss = losses.mean()
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and every few steps the frequencies with it."""
+        step = self.state.global_step
+        due = step % EVERY == 0 or step in (1, self.state.max_steps)
+        if "loss" in logs and due and learned_parameters(self.extended):
+            logs = {**logs, **frequency_ratios(self.extended)}
+        super().log(logs, *args, **kwargs)
 
     def _watch(self, losses: Tensor) -> None:
         """Stop at a loss that is no number; looks one step back, so as not to wait."""
@@ -444,33 +629,86 @@ class ExtensionTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite(self._pending, self.state.global_step)
-        learned = [p for p in self.extended.parameters() if p.requires_grad]
-        finite = torch.stack([p.detach().isfinite().all() for p in learned]).all()
+        learned = [p.detach() for p in self.extended.parameters() if p.requires_grad]
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in learned]
+        finite = torch.stack([part.isfinite().all() for part in own]).all()
         self._require_finite(finite, self.state.global_step, "gradient")
-        super()._save_checkpoint(model, trial)
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        with output_errors(folder):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
-            folder = self.folder / f"checkpoint-{self.state.global_step}"
-            write_json(folder / _COMPLETE, {"step": self.state.global_step})
+            # Sharding engines write weights in a form of their own, and only those.
+            save_extension_state(self.extended, folder / WEIGHTS_FILE)
+            files = [file.name for file in folder.iterdir() if file.is_file()]
+            record = {"step": self.state.global_step, **self._about_run()}
+            write_json(folder / _COMPLETE, {**record, "sha256": digests_of(folder, files)})
+
+    def _about_run(self) -> dict[str, Any]:
+        """What a checkpoint has to share with the run that goes on from it."""
+        sharded = [name for name in ("fsdp", "deepspeed") if getattr(self, f"is_{name}_enabled")]
+        return {
+            "engine": sharded[0] if sharded else "plain",
+            "windows_per_step": self.config.windows_per_step,
+        }
+
+    def require_same_run(self, checkpoint: str | None) -> None:
+        """Check that this run can go on from `checkpoint`, with any number of processes.
+
+        Raises:
+            ConfigError: its steps had other windows, or its files are those of another engine.
+        """
+        if checkpoint is None:
+            return
+        before = processes.agreed(lambda: read_json(Path(checkpoint) / _COMPLETE))
+        now = self._about_run()
+        if before.get("engine", "plain") != now["engine"]:
+            raise ConfigError(
+                f"{checkpoint} was written under engine {before['engine']!r}; start this run"
+                f" under it, not under {now['engine']!r}"
+            )
+        if before.get("windows_per_step", now["windows_per_step"]) != now["windows_per_step"]:
+            raise ConfigError(
+                f"{checkpoint} has steps of {before['windows_per_step']} windows, this run of"
+                f" {now['windows_per_step']}; pass --global-batch {before['windows_per_step']}"
+            )
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights, where an engine has cut them up; to be called by all processes."""
+        if self.config.depth == "dynamics" or not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):
+            return None
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return state
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save(
-            self.extended,
-            output_dir or self.folder,
-            weights=DEPTHS[self.config.depth],
-        )
+        if self.args.should_save:
+            save(
+                self.extended,
+                output_dir or self.folder,
+                weights=DEPTHS[self.config.depth],
+                state=state_dict,
+            )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        if self.config.depth != "dynamics":
+        if self.config.depth != "dynamics" or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extension_state(self.extended, Path(resume_from_checkpoint) / WEIGHTS_FILE)
 
 
 def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of an extension, each once; none for a closed form."""
-    ropes = [m for m in model.modules() if isinstance(m, ScaledRope)]
+    ropes = ropes_of(model)
     return list({id(p): p for rope in ropes for p in rope.scalings.parameters()}.values())
+
+
+def _way_on(folder: Path) -> str:
+    last = _last_complete(folder)
+    where = f"goes on from {last}" if last else "starts anew, there being no checkpoint yet"
+    return f"the same command {where}"
 
 
 def _last_complete(folder: Path) -> str | None:
@@ -481,6 +719,25 @@ def _last_complete(folder: Path) -> str | None:
             return last
         shutil.rmtree(last)
     return None
+
+
+def _last_undamaged(folder: Path) -> str | None:
+    """The newest finished checkpoint, its files being those that were written."""
+    last = _last_complete(folder)
+    if last is not None:
+        _require_undamaged(Path(last))
+    return last
+
+
+def _require_undamaged(checkpoint: Path) -> None:
+    try:
+        recorded = read_json(checkpoint / _COMPLETE).get("sha256", {})
+        require_digests(checkpoint, recorded)
+    except (CheckpointError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {error}; delete that folder to go on from the one"
+            " before it"
+        ) from None
 
 
 class _Progress(TrainerCallback):
@@ -519,9 +776,10 @@ class _Progress(TrainerCallback):
             "tokens_per_second": round(speed),
             **logs,
         }
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with output_errors(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

@@ -9,11 +9,16 @@ import warnings
 from ..errors import ClexError
 
 # Each of these adds its commands, in the order of the help page.
-from . import extend, evaluate, generate, retrieval, harness, compare, export, methods, families  # isort: skip
+# isort: off
+from . import extend, plan, tokenize, evaluate, generate, retrieval, harness, compare, export
+from . import methods, families, doctor
+
+# isort: on
 from .app import app
 
 __all__ = [
     "compare",
+    "doctor",
     "evaluate",
     "export",
     "extend",
@@ -22,7 +27,9 @@ __all__ = [
     "harness",
     "main",
     "methods",
+    "plan",
     "retrieval",
+    "tokenize",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,22 @@ def _main(
     pass
 
 
+def _trust_remote_code(trusted: bool) -> bool:
+    if trusted:
+        from ..hf.models import allow_remote_code
+
+        allow_remote_code()
+    return trusted
+
+
+class Depth(StrEnum):
+    """How much of the model is trained."""
+
+    dynamics = "dynamics"
+    lora = "lora"
+    full = "full"
+
+
 Model = Annotated[
     str, typer.Argument(help="Folder, hub id, or tiny-llama, tiny-neox, smollm2.", metavar="MODEL")
 ]
@@ -46,6 +63,14 @@ Rivals = Annotated[
     str, typer.Option(help="Training-free methods to compare with; base is the plain model.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        callback=_trust_remote_code,
+        help="Run code that the model brings along, with all that it may do.",
+    ),
+]
 Field = Annotated[str, typer.Option(help="Column or key that holds the text.")]
 
 
@@ -79,6 +104,20 @@ def lengths_of(text: str | None) -> tuple[int, ...] | None:
         raise ConfigError(
             f"lengths must be whole numbers with commas between, not {text!r}"
         ) from None
+
+
+def scales_of(text: str | None) -> tuple[float, ...] | None:
+    """The numbers of ``1,2.5,4``.
+
+    Raises:
+        ConfigError: a part is not a number.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"scales must be numbers with commas between, not {text!r}") from None
 
 
 def settings_of(pairs: list[str]) -> dict[str, Any]:

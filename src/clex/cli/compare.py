@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, app
+from .app import Device, TrustRemoteCode, app
 
 
 @app.command()
@@ -24,6 +24,7 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete what is there of these methods first.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train and measure several methods at equal budget; one folder with a page that shows all.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Field, Lengths, Rivals, evaluate, lengths_of, names
+from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, lengths_of, names
 
 
 @evaluate.command("ppl")
@@ -42,6 +42,7 @@ def eval_ppl(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete what is in --out and start anew.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Perplexity by length: first L tokens, and the same target tokens with growing context.
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import app, lengths_of, settings_of
+from .app import TrustRemoteCode, app, lengths_of, scales_of, settings_of
 
 
 class Target(StrEnum):
@@ -35,6 +35,10 @@ def export(
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Longest text in tokens, instead of --scale.")
+    ] = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(help="Several t for one server, such as 1,2,4,8 (vllm with clex's plugin)."),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="Scaling method for a plain model, see clex methods.")
@@ -71,8 +75,11 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the export in --out.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Hold an extended model at one scale, for engines that have none of our code.
+
+    --scales is for one vLLM server that gives each request the scale of its length.
 
     With --verify the exit code is 1 where the engine and the live model disagree.
     """
@@ -102,6 +109,7 @@ def export(
         target=target.value,
         scale=scale,
         length=length,
+        scales=scales_of(scales),
         clex=clex,
         form="keep_weights" if keep_weights else "two_scales" if two_scales else "portable",
         gguf=gguf,
@@ -110,8 +118,9 @@ def export(
         overwrite=overwrite,
         console=console,
     )
+    held = ", ".join(f"{t:g}" for t in record.scales) or f"{record.scale:g}"
     console.print(
-        f"in [bold]{out}[/bold]: {record.length:,} tokens at scale {record.scale:g},"
+        f"in [bold]{out}[/bold]: {record.length:,} tokens at scale {held},"
         f" {record.weights}; queries: {record.queries}"
     )
     if verify:

@@ -9,15 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .app import Device, Field, Lengths, Model, Rivals, app, lengths_of, names, settings_of
-
-
-class Depth(StrEnum):
-    """How much of the model is trained."""
-
-    dynamics = "dynamics"
-    lora = "lora"
-    full = "full"
+from .app import (
+    Depth,
+    Device,
+    Field,
+    Lengths,
+    Model,
+    Rivals,
+    TrustRemoteCode,
+    app,
+    lengths_of,
+    names,
+    settings_of,
+)
 
 
 class Preset(StrEnum):
@@ -31,7 +35,11 @@ class Preset(StrEnum):
 def extend(
     model: Model,
     data: Annotated[
-        str, typer.Option(help=".txt, .md, .jsonl(.gz), .parquet, a folder, or a datasets id.")
+        list[str],
+        typer.Option(
+            help=".txt, .md, .jsonl(.gz), .parquet, a folder, a datasets id, or what clex tokenize"
+            " made. Several with weights: --data BOOKS=0.7 --data CODE=0.3."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the result.")],
     train: Annotated[
@@ -55,7 +63,13 @@ def extend(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass.")] = None,
-    accumulation: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
+    accumulation: Annotated[
+        int, typer.Option(help="Forward passes of each process in a step.")
+    ] = 1,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(help="Windows in a step of all processes; replaces --accumulation."),
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate of the weights.")] = None,
     dynamics_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the dynamics.")
@@ -74,6 +88,10 @@ def extend(
     native_share: Annotated[
         float | None, typer.Option(help="Share of training windows left as they are.")
     ] = None,
+    long_factor: Annotated[
+        float,
+        typer.Option(help="How much more often documents that fill a window are drawn."),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     start: Annotated[
         Path | None, typer.Option(help="Extended model to go on from (its dynamics).")
@@ -84,7 +102,10 @@ def extend(
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     report_to: Annotated[
-        str | None, typer.Option(help="Trainer integrations, such as tensorboard,wandb.")
+        str | None,
+        typer.Option(
+            help="Trainer integrations, such as tensorboard,wandb; none; TensorBoard if installed."
+        ),
     ] = None,
     eval_lengths: Lengths = None,
     rivals: Rivals = "base,yarn",
@@ -102,6 +123,7 @@ def extend(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete what is in --out and start anew.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Extend a model's context window, train it, and measure it before and after.
 
@@ -146,13 +168,15 @@ def extend(
         depth=train.value,
         curriculum=curriculum,
         accumulation=accumulation,
+        global_batch=global_batch,
+        long_factor=long_factor,
         lora_rank=lora_rank,
         seed=seed,
         save_every=save_every,
         precision=precision,
         checkpointing=checkpointing,
         compile=compile,
-        report_to=names(report_to or ""),
+        report_to=None if report_to is None else names(report_to),
     )
     run_extend(
         model,

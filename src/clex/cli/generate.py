@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..decoding import clean, read_text
 from ..errors import ClexError, ConfigError, DataError
-from .app import Device, app
+from .app import Device, TrustRemoteCode, app
 
 if TYPE_CHECKING:
     from ..conversation import Conversation
@@ -75,6 +76,7 @@ def generate(
     seed: Seed = None,
     chunk: Chunk = 2048,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Go on with a text of any length that fits the window; the new text goes to stdout.
 
@@ -143,6 +145,7 @@ def chat(
     seed: Seed = None,
     chunk: Chunk = 2048,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model; the window grows with the conversation.
 
@@ -234,7 +237,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 def _file_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return clean(read_text(path), str(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, evaluate, lengths_of, names
+from .app import Device, TrustRemoteCode, evaluate, lengths_of, names
 
 
 @evaluate.command("harness")
@@ -54,6 +54,7 @@ def eval_harness(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete what is in --out and start anew.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """LongBench, RULER and other tasks of lm-evaluation-harness, every request at its own scale.
 

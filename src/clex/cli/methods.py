@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Field, Model, app, names, show
+from .app import Device, Field, Model, TrustRemoteCode, app, names, show
 
 
 @app.command()
@@ -32,6 +32,7 @@ def inspect(
     native_length: Annotated[
         int | None, typer.Option(help="Window of the model, if its config does not say it.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show which rotary modules would be replaced, and every method's frequencies as a picture."""
     from ..inspection import inspect_model, modules_table, write_inspection
@@ -55,6 +56,7 @@ def search_longrope(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     field: Field = "text",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Search LongRoPE factors by perplexity at the target length.
 

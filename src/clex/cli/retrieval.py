@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import Device, Field, Lengths, Rivals, evaluate, lengths_of, names
+from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, lengths_of, names
 
 _Model = Annotated[str, typer.Argument(help="A plain model, or a result of clex extend.")]
 _Out = Annotated[Path, typer.Option(help="Folder for results.json, cells.csv and heat maps.")]
@@ -35,6 +35,7 @@ def eval_passkey(
     seed: _Seed = 0,
     overwrite: _Overwrite = False,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """A number hidden in repeated filler: length by depth. A smoke test; good models saturate."""
     from ..needles import RetrievalConfig, run_needles
@@ -71,6 +72,7 @@ def eval_needle(
     field: Field = "text",
     overwrite: _Overwrite = False,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Facts hidden in real text: length by depth, by likelihood and by generation."""
     from ..needles import RetrievalConfig, run_needles

@@ -91,7 +91,7 @@ def measure_perplexity(subject: Subject) -> list[dict[str, Any]]:
         file = subject.key_tokens
         plain = load_base(plan.recipe.model, device=subject.device)
         name = plan.recipe.evaluation.evaluator
-        base = plan.recipe.methods[0].clex
+        base = plan.recipe.methods[0].clex.replace(native_length=plan.native_length)
         with long_context_evaluator(name, None, plain, base, tokenizer) as judge:
             keys = key_tokens_of(judge, plan.held_out, plan.perplexity, file, console)
     more: dict[str, Any] = {"token_bytes": token_bytes(tokenizer), "key_tokens": keys, "log": log}

@@ -9,6 +9,7 @@ they scale frequencies and place positions; all that decides how much a method i
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 import types
@@ -25,6 +26,12 @@ from ..evaluation.harness import HarnessConfig, require_lm_eval
 from ..evaluation.haystacks import RetrievalPlan
 from ..hf.models import BUNDLED, assets_folder
 from ..training import DEPTHS, TrainConfig
+
+# What keeps a recipe from asking for unbounded memory.
+_MOST_BYTES = 2**20
+_MOST_SEEDS = 1000
+_MOST_COUNT = 65_536  # of documents, windows of a document, bands
+_MOST_NAME = 100  # of a method, which is the name of a folder
 
 # The plain model as it is. Always measured: what the methods cost at short lengths is told by it.
 BASE = "base"
@@ -96,8 +103,10 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         for name in ("documents", "windows", "bands"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST_COUNT:
+                raise ConfigError(
+                    f"{name} must be from 1 to {_MOST_COUNT}, not {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +203,13 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes and is no recipe")
         text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"no such recipe: {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read recipe {path}: {error}") from None
     return parse_recipe(content, text, path.parent)
 
@@ -248,6 +259,8 @@ def parse_recipe(content: Mapping[str, Any], text: str, folder: Path) -> Recipe:
         raise ConfigError("the recipe has no [methods.NAME] table")
     if not top.seeds or len(set(top.seeds)) < len(top.seeds):
         raise ConfigError(f"seeds must be one or more different numbers, not {list(top.seeds)}")
+    if len(top.seeds) > _MOST_SEEDS:
+        raise ConfigError(f"{len(top.seeds)} seeds are too many (valid: up to {_MOST_SEEDS})")
     budget = _checked(TrainConfig, top.budget, "[budget]", (*EQUAL, *OWN, *_RUNNING))
     with _named("[budget]"):
         TrainConfig(**budget)
@@ -314,10 +327,10 @@ def _method(name: str, table: Any, shared: Mapping[str, Any], budget: Mapping[st
     where = f"[methods.{name}]"
     if name == BASE:
         raise ConfigError(f"{where}: {BASE!r} is the model as it is, which is always measured")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if len(name) > _MOST_NAME or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ConfigError(
-            f"{where}: a method's name is made of letters, digits, '-', '_' and '.'; put the rest"
-            " into label"
+            f"{where}: a method's name is made of up to {_MOST_NAME} letters, digits, '-', '_'"
+            " and '.'; put the rest into label"
         )
     given = _MethodTable(**_checked(_MethodTable, table, where))
     if given.method is None:
@@ -390,7 +403,7 @@ def _check_links(methods: list[Method], budget: Mapping[str, Any]) -> None:
 
 def _beside(name: str, folder: Path) -> str:
     """`name` as a path beside the recipe, where there is such a thing."""
-    return str(folder / name) if name not in BUNDLED and (folder / name).exists() else name
+    return str(folder / name) if name not in BUNDLED and os.path.exists(folder / name) else name
 
 
 def _text(name: str, part: int, folder: Path) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..decoding import read_lines
 from ..errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -20,16 +20,14 @@ def read_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: the file cannot be read, or a line is not a JSON object.
     """
-    opener: Any = gzip.open if file.name.endswith(".gz") else open
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise DataError(f"{file}, line {number}: not an object")
-                    yield number, record
+        for number, line in read_lines(file):
+            if line.strip():
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise DataError(f"{file}, line {number}: not an object")
+                yield number, record
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise DataError(f"cannot read {file}: {error}") from error

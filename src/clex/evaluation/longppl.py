@@ -8,10 +8,15 @@ tokens, in full context.
 
 The paper has K = 4,096. Here K is half the native window unless it is set, so that the short
 context is always one that the evaluator was trained on; for a window of 8,192 the two agree.
+
+An evaluator with a tokenizer of its own reads the same text in its own tokens; a token of the
+judged models is a key token where it shares a byte with one of the evaluator's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -22,11 +27,25 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import read_json, write_json
+from .alignment import Aligner
 from .perplexity import PerplexityPlan, Reader, select_documents
 
 KEYS_FILE = "key_tokens.json"
 GAIN = 2.0
 MOST_LOSS = 2.0
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Who finds the key tokens.
+
+    Attributes:
+        model: plain or extended.
+        aligner: where its tokenizer is not that of the judged models.
+    """
+
+    model: nn.Module
+    aligner: Aligner | None = None
 
 
 def short_losses(read: Reader, ids: Tensor, truncation: int) -> Tensor:
@@ -66,7 +85,7 @@ def find_key_tokens(read: Reader, ids: Tensor, truncation: int) -> Tensor:
 
 
 def key_tokens_of(
-    model: nn.Module,
+    evaluator: Evaluator,
     tokens: datasets.Dataset,
     plan: PerplexityPlan,
     file: Path | None = None,
@@ -75,9 +94,9 @@ def key_tokens_of(
     """Key tokens of every window of a plan.
 
     Args:
-        model: the evaluator: plain or extended, with the tokenizer of the judged models.
-        tokens: documents, from `clex.data.load_tokens`.
-        plan: lengths and documents, and the truncation K.
+        evaluator: the model that finds them.
+        tokens: documents in the tokens of the judged models, from `clex.data.load_tokens`.
+        plan: lengths and documents, and the truncation K, which counts the evaluator's tokens.
         file: what is found is kept there after every document, and taken from there.
         console: where progress is shown.
 
@@ -86,18 +105,19 @@ def key_tokens_of(
 
     Raises:
         CheckpointError: `file` is damaged.
+        DataError: a tokenizer changes the text, so that tokens cannot be matched.
     """
     found = {} if file is None or not file.is_file() else _read(file)
     missing = [n for n in select_documents(tokens, plan) if (n, 0) not in found]
     if not missing:
         return found
-    training = model.training
-    model.eval()
-    read = Reader(model)
+    training = evaluator.model.training
+    evaluator.model.eval()
+    read = Reader(evaluator.model)
     for number in track(missing, "finding key tokens", console=console or Console(stderr=True)):
-        ids = torch.tensor(tokens[number]["input_ids"], dtype=torch.int64)
-        for k, (start, stop) in enumerate(plan.cuts(len(ids))):
-            found[number, k] = find_key_tokens(read, ids[start:stop], plan.truncation)
+        ids = tokens[number]["input_ids"]
+        for k, keys in enumerate(_document(read, evaluator.aligner, ids, plan)):
+            found[number, k] = keys
         if file is not None:
             write_json(
                 file,
@@ -106,8 +126,27 @@ def key_tokens_of(
                     for (n, k), positions in found.items()
                 ],
             )
-    model.train(training)
+    evaluator.model.train(training)
     return found
+
+
+def _document(
+    read: Reader, aligner: Aligner | None, ids: list[int], plan: PerplexityPlan
+) -> Iterator[Tensor]:
+    """Key tokens of each window of a document."""
+    cuts, own = list(plan.cuts(len(ids))), torch.tensor(ids, dtype=torch.int64)
+    if aligner is None:
+        for start, stop in cuts:
+            yield find_key_tokens(read, own[start:stop], plan.truncation)
+        return
+    text = aligner(ids)
+    for start, stop in cuts:
+        first, last = text.inside(start, stop)
+        if last - first <= plan.truncation:
+            yield torch.zeros(0, dtype=torch.int64)
+            continue
+        keys = find_key_tokens(read, text.ids[first:last], plan.truncation)
+        yield text.own_tokens(first + keys) - start
 
 
 def _read(file: Path) -> dict[tuple[int, int], Tensor]:

@@ -170,15 +170,15 @@ def write_report(
     pairs: Sequence[Difference] = (),
 ) -> None:
     """Write ``results.json``, ``results.csv``, ``perplexity.png`` and, with pairs of methods,
-    ``differences.csv`` into `folder`."""
+    ``differences.csv`` into `folder`; ``results.json`` last: it says that a run is done."""
     folder = Path(folder)
     records = [row.to_dict() for row in rows]
-    write_json(folder / "results.json", records)
     _write_csv(folder / "results.csv", records)
     if pairs:
         _write_csv(folder / "differences.csv", [pair.to_dict() for pair in pairs])
     with new_file(folder / "perplexity.png") as path:
         _draw(rows, path, native_length)
+    write_json(folder / "results.json", records)
 
 
 def _write_csv(file: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -69,6 +69,24 @@ class Score:
     hits: int
     bytes: int
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Score:
+        """From a line of the file.
+
+        Raises:
+            TypeError: an entry is missing, unknown, or of another type.
+        """
+        score = cls(**values)
+        if not isinstance(score.method, str) or score.protocol not in PROTOCOLS:
+            raise TypeError(f"{score.method!r}, {score.protocol!r} is no method and protocol")
+        for name in ("nll", "scale", "hits", "bytes"):
+            if not isinstance(getattr(score, name), int | float):
+                raise TypeError(f"{name} is {getattr(score, name)!r}")
+        for name in ("length", "band_start", "band_stop", "document", "windows", "tokens"):
+            if type(getattr(score, name)) is not int:
+                raise TypeError(f"{name} is {getattr(score, name)!r}")
+        return score
+
     @property
     def cell(self) -> Cell:
         """Where it belongs."""
@@ -278,21 +296,22 @@ class ScoreLog:
                 file.write(_lines(scores))
 
     def _read(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Bytes, since a kill may cut a character in two.
+        lines = path.read_bytes().splitlines()
         complete = True
         for number, line in enumerate(lines, start=1):
             try:
                 record: Mapping[str, Any] = json.loads(line)
-                score = Score(**{key: value for key, value in record.items() if key != "last"})
+                score = Score.from_dict({k: v for k, v in record.items() if k != "last"})
                 complete = bool(record["last"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 if number == len(lines):
                     break  # the write that the kill cut off
                 raise CheckpointError(f"{path}, line {number} is damaged") from None
             unit = (*self._units.get((score.method, score.document), ()), score)
             self._units[score.method, score.document] = unit
         # A unit whose last line is missing was cut off.
-        if not complete:
+        if not complete and self._units:
             self._units.popitem()
         with new_file(path) as temporary:
             temporary.write_text("".join(map(_lines, self._units.values())), encoding="utf-8")

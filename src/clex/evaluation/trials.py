@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import new_file, output_errors
 from .retrieval import Trial
 
 
@@ -27,16 +28,22 @@ class TrialLog:
         self.done: list[Trial] = []
         if not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
+        # Bytes, since a kill may cut a character in two.
+        lines = path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
-            path.write_text("".join(lines), encoding="utf-8")
+            with new_file(path) as temporary:
+                temporary.write_bytes(b"".join(lines))
         try:
             self.done = [Trial.from_dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
 
     def keep(self, trial: Trial) -> None:
-        """Add a trial."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Add a trial.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with output_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(trial.to_dict()) + "\n")

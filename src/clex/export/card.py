@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
+from ..serving.length_classes import FIRST_RUNNER, PROCESSOR
 from .record import GGUF_FILE, ExportRecord
 
 _TRAINING_KEYS = ("depth", "steps", "train_length", "rate", "dynamics_rate", "positions", "seed")
@@ -82,7 +83,7 @@ def _what(record: ExportRecord, license_name: str | None) -> str:
         "trained": _trained(record),
         "longest text": f"{record.length:,} tokens",
         "native window": f"{record.native_length:,} tokens",
-        "scale t": f"{record.scale:g}",
+        "scale t": ", ".join(f"{t:g}" for t in record.scales) or f"{record.scale:g}",
         "logit temperature": f"{record.temperature:.6g}",
         "factors on the wavelengths": f"{factors[0]:.4g} (fastest) to {factors[-1]:.4g} (slowest),"
         f" {len(factors)} of them, in clex_export.json",
@@ -93,10 +94,19 @@ def _what(record: ExportRecord, license_name: str | None) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         f"# {_name(record.base_model)}, {record.length:,} tokens\n\n"
-        f"A longer window for {_name(record.base_model)}, held at one scale by"
-        " [clex](https://pypi.org/project/clex-llm/). No code beside the engine's own is needed.\n"
+        f"A longer window for {_name(record.base_model)}, {_held(record)}\n"
         f"\n| | |\n| --- | --- |\n{table}\n"
     )
+
+
+def _held(record: ExportRecord) -> str:
+    link = "[clex](https://pypi.org/project/clex-llm/)"
+    if record.scales:
+        return (
+            f"at several scales, written by {link}. vLLM serves it with clex's plugin installed,"
+            " and gives each request the scale of its own length."
+        )
+    return f"held at one scale by {link}. No code beside the engine's own is needed."
 
 
 def _trained(record: ExportRecord) -> str:
@@ -158,6 +168,13 @@ def _serving(record: ExportRecord) -> str:
         )
         return f"## Serving\n\n```\n{commands}\n```\n"
     vllm = f"vllm serve . --max-model-len {length}"
+    if record.scales:
+        return (
+            "## Serving\n\nEach request is read at the smallest scale that holds its prompt and its"
+            " `max_tokens`; so give `max_tokens`.\n\n```\n"
+            f"pip install 'clex-llm[vllm]'\n{'='.join(FIRST_RUNNER)} {vllm}"
+            f" --no-enable-prefix-caching \\\n    --logits-processors {PROCESSOR}\n```\n"
+        )
     if record.form == "two_scales":
         native = record.native_length
         return (
@@ -172,6 +189,11 @@ def _serving(record: ExportRecord) -> str:
 
 
 def _limits(record: ExportRecord) -> str:
+    if record.scales:
+        return (
+            "## Elsewhere\n\nA vLLM without the plugin refuses this folder. Transformers reads it"
+            f" at t = {record.scale:g} for every text.\n"
+        )
     return (
         "## What one scale costs\n\n"
         "The live model takes t from the length of each text, and at t = 1 it is the base model."

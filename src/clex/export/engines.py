@@ -21,8 +21,14 @@ from .vllm import VllmEngine
 class Engine(Protocol):
     """A serving engine with one export loaded."""
 
-    def scores(self, ids: list[int], count: int) -> Scores:
-        """Rate the last `count` tokens of `ids`, each given all that come before it."""
+    def scores(self, ids: list[int], count: int, scale: float) -> Scores:
+        """Rate the last `count` tokens of `ids`, each given all that come before it.
+
+        Args:
+            ids: the text.
+            count: fewer than its tokens.
+            scale: t to read it at; an export of one scale has no other.
+        """
         ...
 
 
@@ -78,9 +84,11 @@ class _Transformers:
             raise UnsupportedModelError(
                 "transformers changes over between two scales while keys are cached"
             )
+        if record.scales:
+            raise UnsupportedModelError("transformers reads an export at its longest scale only")
         self.model = load_base(folder, dtype=torch.float32)
 
-    def scores(self, ids: list[int], count: int) -> Scores:
+    def scores(self, ids: list[int], count: int, scale: float) -> Scores:
         return scores_of(live_log_probs(self.model, ids, count), ids)
 
 
@@ -110,7 +118,7 @@ class _LlamaCpp:
         except RuntimeError as error:
             raise UnsupportedModelError(f"llama.cpp cannot load the export: {error}") from error
 
-    def scores(self, ids: list[int], count: int) -> Scores:
+    def scores(self, ids: list[int], count: int, scale: float) -> Scores:
         rows = [self._next(ids[:end]) for end in range(len(ids) - count, len(ids))]
         return scores_of(torch.stack(rows), ids)
 

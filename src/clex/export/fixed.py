@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedModelError
 from ..hf.extend import require_extension, scale_for
 from ..hf.rotary import ALL_LAYERS
+from ..serving.length_classes import LengthClasses, length_at
 from .factors import plain_inv_freq, rope_factors
 
 
@@ -65,23 +68,13 @@ def fixed_scale(
         ConfigError: not exactly one of the two is given, or it is out of the extension's range.
         UnsupportedModelError: no single vector says what the model does.
     """
-    rope = require_extension(model)
-    if list(rope.scalings) != [ALL_LAYERS]:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has a rotary for each layer type"
-            f" ({', '.join(rope.scalings)}), and engines take one set of factors"
-        )
-    scaling: Any = rope.scalings[ALL_LAYERS]
-    if not scaling.rotates:
-        raise UnsupportedModelError(
-            f"method {scaling.name!r} does not rotate; engines have no frequency factor for that"
-        )
+    scaling = _only_scaling(model)
     native, most = scaling.spec.native_length, scaling.config.max_scale
     if (scale is None) == (length is None):
         raise ConfigError("give the scale or the length of the export, and not both")
     if length is None:
         assert scale is not None
-        t, length = float(scale), math.floor(native * float(scale) + 1e-6)
+        t, length = float(scale), length_at(native, float(scale))
     else:
         t = scale_for(model, length)
     if not (1 < t <= most and native < length <= native * most):
@@ -94,18 +87,12 @@ def fixed_scale(
     _require_own_theta(model, scaling.spec.inv_freq, theta)
 
     def at(t: float) -> tuple[Tensor, float]:
-        with torch.no_grad():
-            held = torch.tensor([t], device=scaling.inv_freq_native.device)
-            wanted = scaling.inv_freq(held)[0].cpu()
-            factor = float(scaling.attention_factor(held)[0]) * scaling.spec.attention_scaling
+        wanted, factor = _frequencies_at(scaling, t)
         factors = rope_factors(wanted=wanted, rope_theta=theta, rotary_dim=rotary_dim)
         return factors, factor**2
 
-    training = scaling.training
-    scaling.eval()
     factors, temperature = at(t)
     native_factors, native_temperature = at(1.0)
-    scaling.train(training)
     return FixedScale(
         method=scaling.name,
         t=t,
@@ -119,6 +106,62 @@ def fixed_scale(
         temperature=temperature,
         native_temperature=native_temperature,
     )
+
+
+def length_classes(model: nn.Module, scales: Sequence[float]) -> LengthClasses:
+    """Hold an extended model at several scales, for a server that gives each request its own.
+
+    Args:
+        model: an extended model, or its skeleton.
+        scales: t of each class, rising; 1 is the plain model.
+
+    Raises:
+        ConfigError: they do not rise, or are out of the extension's range.
+        UnsupportedModelError: no single vector says what the model does at one scale.
+    """
+    scaling = _only_scaling(model)
+    most = scaling.config.max_scale
+    rising = all(a < b for a, b in pairwise(scales))
+    if len(scales) < 2 or not rising or not (scales[0] >= 1 and scales[-1] <= most):
+        raise ConfigError(
+            f"scales {', '.join(f'{t:g}' for t in scales)} cannot be exported (valid: two or more,"
+            f" rising, from 1 to {most:g})"
+        )
+    found = [_frequencies_at(scaling, float(t)) for t in scales]
+    return LengthClasses(
+        native_length=scaling.spec.native_length,
+        scales=tuple(float(t) for t in scales),
+        inv_freq=tuple(tuple(inv_freq.tolist()) for inv_freq, _ in found),
+        attention_factors=tuple(factor for _, factor in found),
+    )
+
+
+def _only_scaling(model: nn.Module) -> Any:
+    """The scaling of a model that has one rotary for all layers."""
+    rope = require_extension(model)
+    if list(rope.scalings) != [ALL_LAYERS]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a rotary for each layer type"
+            f" ({', '.join(rope.scalings)}), and engines take one set of factors"
+        )
+    scaling: Any = rope.scalings[ALL_LAYERS]
+    if not scaling.rotates:
+        raise UnsupportedModelError(
+            f"method {scaling.name!r} does not rotate; engines have no frequency factor for that"
+        )
+    return scaling
+
+
+def _frequencies_at(scaling: Any, t: float) -> tuple[Tensor, float]:
+    """inv_freq (rotary_dim / 2,) and the factor on cos and sin, the model's own one included."""
+    training = scaling.training
+    scaling.eval()
+    with torch.no_grad():
+        held = torch.tensor([t], device=scaling.inv_freq_native.device)
+        inv_freq = scaling.inv_freq(held)[0].cpu()
+        factor = float(scaling.attention_factor(held)[0]) * scaling.spec.attention_scaling
+    scaling.train(training)
+    return inv_freq, factor
 
 
 def _head_dim(model: nn.Module) -> int:

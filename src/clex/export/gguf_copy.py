@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from torch import nn
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import CheckpointError, ClexError, UnsupportedModelError
 from .fixed import FixedScale
 from .gguf_blocks import SCALES, scale_tensor
 from .gguf_file import (
@@ -23,6 +25,7 @@ from .gguf_file import (
     scale_fields,
     write_gguf,
 )
+from .gguf_header import check_header
 
 # Architectures whose graph reads rope_freqs.weight, as far as a test has seen it do so.
 ARCHITECTURES = ("llama",)
@@ -60,16 +63,18 @@ def copy_gguf(
     require_gguf()
     reader = _read(source)
     fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
-    arch = _require_plain(source, fields)
-    _require_same_model(source, arch, fields, reader, fixed, model)
+    with _reading(source):
+        arch = _require_plain(source, fields)
+        _require_same_model(source, arch, fields, reader, fixed, model)
     dropped = (f"{arch}.rope.scaling.", f"{arch}.rope.scale_linear")
     new = scale_fields(fixed, arch)
     written = {field.name for field in new} | {"general.architecture", _ALIGNMENT}
-    kept = [
-        _kept(name, field)
-        for name, field in fields.items()
-        if not name.startswith(dropped) and name not in written
-    ]
+    with _reading(source):
+        kept = [
+            _kept(name, field)
+            for name, field in fields.items()
+            if not name.startswith(dropped) and name not in written
+        ]
     tensors: list[GgufTensor] = []
     queries: dict[str, str] = {}
     kinds: dict[str, int] = {}
@@ -98,7 +103,8 @@ def copy_gguf(
 def gguf_license(source: Path) -> str | None:
     """The licence that a GGUF file names, if it names one."""
     field = _read(source).fields.get("general.license")
-    return str(field.contents()) if field is not None else None
+    with _reading(source):
+        return str(field.contents()) if field is not None else None
 
 
 def _read(source: Path) -> Any:
@@ -106,10 +112,20 @@ def _read(source: Path) -> Any:
 
     if not source.is_file():
         raise CheckpointError(f"no file {source}")
-    try:
+    check_header(source)
+    with _reading(source):
         return gguf.GGUFReader(source)
-    except (ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"cannot read {source}: {error}") from None
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Fields may be missing, of another type, or hold bytes that are no text."""
+    try:
+        yield
+    except ClexError:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"cannot read {source}: {type(error).__name__}: {error}") from None
 
 
 def _require_plain(source: Path, fields: dict[str, Any]) -> str:

@@ -11,11 +11,12 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..files import read_json, write_json
+from ..serving.length_classes import ARCHITECTURES, CONFIG_KEY, PREFIX, LengthClasses
 from .families import Family, Target
 from .fixed import FixedScale
 from .queries import scale_queries
 
-Form = Literal["portable", "keep_weights", "two_scales"]
+Form = Literal["portable", "keep_weights", "two_scales", "many_scales"]
 
 # Left in the config of an export, so that nobody scales the queries a second time.
 MARK = "clex_export"
@@ -36,6 +37,10 @@ def require_form(form: Form, family: Family, target: Target) -> None:
         raise UnsupportedModelError(
             "llama.cpp multiplies cached keys by the attention factor again at each cache shift;"
             " only the portable form is right there"
+        )
+    if form == "many_scales" and (target != "vllm" or family.vllm != "native"):
+        raise UnsupportedModelError(
+            "several scales in one server are for vLLM, and for families that vLLM has a class for"
         )
     if form == "two_scales" and target != "vllm":
         raise UnsupportedModelError(
@@ -59,7 +64,8 @@ def config_changes(fixed: FixedScale, form: Form, partial_rotary_factor: float) 
     Args:
         fixed: the scale.
         form: ``portable`` (temperature in the weights), ``keep_weights`` (as attention factor), or
-            ``two_scales``.
+            ``two_scales``. ``many_scales`` looks like ``keep_weights`` at the longest of them to
+            whoever does not know it.
         partial_rotary_factor: of the model's own config; 1 where it has none.
     """
     long = fixed.factors.tolist()
@@ -99,6 +105,7 @@ def write_hf(
     *,
     family: Family,
     form: Form,
+    classes: LengthClasses | None = None,
 ) -> str:
     """Write a plain model with the settings of one scale; its weights are changed in place.
 
@@ -109,6 +116,7 @@ def write_hf(
         fixed: the scale.
         family: where the queries are.
         form: see `config_changes`.
+        classes: for ``many_scales``, whose longest is `fixed`.
 
     Returns:
         What was done to the query weights, in words.
@@ -117,6 +125,8 @@ def write_hf(
     if form == "portable":
         blocks = scale_queries(model, family, fixed)
         done = f"{family.module} of {blocks} layers times {fixed.temperature:.6g}"
+    if classes is not None:
+        done = "untouched; the temperature of each scale is in its cos and sin"
     target: Any = model
     target.save_pretrained(folder)
     if tokenizer is not None:
@@ -125,6 +135,8 @@ def write_hf(
     config = read_json(folder / "config.json")
     rope = config.get("rope_parameters") or {}
     changes = config_changes(fixed, form, float(rope.get("partial_rotary_factor", 1.0)))
+    if classes is not None:
+        changes |= _many_scales(config["architectures"], classes)
     for key in ("original_max_position_embeddings", *_OLD_KEYS):
         config.pop(key, None)
     mark = {"form": form, "scale": fixed.t, "temperature": fixed.temperature}
@@ -132,6 +144,16 @@ def write_hf(
     if form != "portable":
         (folder / OVERRIDES_FILE).write_text(json.dumps(changes), encoding="utf-8")
     return done
+
+
+def _many_scales(architectures: list[str], classes: LengthClasses) -> dict[str, Any]:
+    """What `clex.serving` looks for; a vLLM without it knows no such architecture."""
+    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{', '.join(architectures)} is not served at several scales (valid:"
+            f" {', '.join(ARCHITECTURES)})"
+        )
+    return {"architectures": [PREFIX + architectures[0]], CONFIG_KEY: classes.to_dict()}
 
 
 def _lengthen_tokenizer(file: Path, length: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ class ExportRecord:
 
     Attributes:
         target: ``hf``, ``vllm`` or ``gguf``.
-        form: ``portable``, ``keep_weights`` or ``two_scales``.
+        form: ``portable``, ``keep_weights``, ``two_scales`` or ``many_scales``.
         source: what was exported: a result of ``clex extend``, or a plain model.
         base_model: name or folder of the plain model.
         clex: config of the extension.
         trained_weights: ``none``, ``adapter`` or ``full``.
-        scale: t.
+        scale: t, the longest one where there are several.
         length: longest text in tokens.
         native_length: window of the plain model in tokens.
         rope_theta: base of the plain curve.
@@ -36,6 +37,8 @@ class ExportRecord:
         queries: what was done to the query weights, in words.
         gguf: the file whose tensors were copied, if so.
         versions: of what the result depends on.
+        scales: t of each length class, for ``many_scales``.
+        sha256: of the files of the export, by name.
     """
 
     target: str
@@ -55,6 +58,8 @@ class ExportRecord:
     queries: str
     gguf: str | None
     versions: dict[str, str]
+    scales: list[float] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the record into an export."""
@@ -63,7 +68,7 @@ class ExportRecord:
 
 def is_export(folder: str | Path) -> bool:
     """Whether `folder` holds an export that was finished."""
-    return (Path(folder) / RECORD_FILE).is_file()
+    return os.path.isfile(Path(folder) / RECORD_FILE)
 
 
 def read_record(folder: str | Path) -> ExportRecord:

@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from ..config import ClexConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import read_json
-from ..hf.checkpoint import CONFIG_FILE, base_name, is_checkpoint, load
+from ..hf.checkpoint import base_name, is_checkpoint, load, read_about
 from ..hf.extend import config_of, extend, restore
-from ..hf.models import load_base, load_tokenizer, resolve
+from ..hf.models import load_base, load_host_config, load_tokenizer
 from .hf import MARK
 
 
@@ -51,7 +49,7 @@ class Source:
         if is_checkpoint(name):
             if clex is not None:
                 raise ConfigError(f"{name} has a method of its own; leave out --method")
-            about = read_json(Path(name) / CONFIG_FILE)
+            about = read_about(Path(name))
             weights = str(about.get("weights", "none"))
             base = str(about.get("base_model") or name) if weights == "full" else base_name(name)
             clex = ClexConfig.from_dict(about["clex"])
@@ -77,12 +75,7 @@ class Source:
         Raises:
             ConfigError: it cannot be read.
         """
-        try:
-            return AutoConfig.from_pretrained(resolve(self._plain()))
-        except (OSError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"cannot read the config of {self._plain()!r}: {error}") from error
+        return load_host_config(self._plain())
 
     def load(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The extended model on the CPU, in evaluation mode, any adapter merged into its weights.

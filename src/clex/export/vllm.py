@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UnsupportedModelError
+from ..serving.length_classes import FIRST_RUNNER, PROCESSOR, REQUEST_KEY
 from .record import ExportRecord
 from .scores import Scores
 
@@ -35,10 +37,16 @@ class VllmEngine:
     """
 
     def __init__(self, folder: Path, record: ExportRecord, longest: int) -> None:
-        for name, value in _SETTINGS.items():
+        settings = dict(_SETTINGS)
+        if record.scales:
+            settings.update([FIRST_RUNNER])
+        for name, value in settings.items():
             os.environ.setdefault(name, value)
         import vllm
 
+        processors: dict[str, Any] = {}
+        if record.scales:
+            processors = {"logits_processors": [PROCESSOR]}
         # vLLM sets the threads of the whole process.
         threads = torch.get_num_threads()
         try:
@@ -54,17 +62,24 @@ class VllmEngine:
                 max_num_batched_tokens=max(longest, 2048),
                 max_num_seqs=2,
                 disable_log_stats=True,
+                **processors,
             )
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(f"vLLM cannot load the export: {error}") from error
         finally:
             torch.set_num_threads(threads)
-        self._rate = vllm.SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False)
+        self._several = bool(record.scales)
 
-    def scores(self, ids: list[int], count: int) -> Scores:
-        """Rate the last `count` tokens of `ids`."""
+    def scores(self, ids: list[int], count: int, scale: float) -> Scores:
+        """Rate the last `count` tokens of `ids`, at `scale` where the export has several."""
+        import vllm
+
+        wish = {REQUEST_KEY: scale} if self._several else None
+        rate = vllm.SamplingParams(
+            max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args=wish
+        )
         # A prompt is rated and one token made: the text must be below max_model_len.
-        answer = self._llm.generate([{"prompt_token_ids": ids}], self._rate, use_tqdm=False)[0]
+        answer = self._llm.generate([{"prompt_token_ids": ids}], rate, use_tqdm=False)[0]
         rows = answer.prompt_logprobs[-count:]
         wanted = [row[token].logprob for row, token in zip(rows, ids[-count:], strict=True)]
         best = [max((entry.logprob, token) for token, entry in row.items())[1] for row in rows]

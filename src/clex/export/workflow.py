@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from rich.console import Console
 from torch import nn
 
 from ..config import ClexConfig
-from ..errors import ConfigError, OutputError, UnsupportedModelError, unknown
+from ..digests import digests_of, require_digests
+from ..errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError, unknown
 from ..files import new_folder
 from ..hf.extend import restore
 from ..hf.models import resolve
 from ..version import __version__
 from .card import license_of, write_card
 from .families import Family, Target, family_of
-from .fixed import FixedScale, fixed_scale
+from .fixed import FixedScale, fixed_scale, length_classes
 from .gguf_convert import FLOAT_TYPES, convert_gguf, quantize_gguf, require_quantizer
 from .gguf_copy import copy_gguf, gguf_license
 from .gguf_file import require_gguf
@@ -45,6 +46,7 @@ def export(
     target: Target,
     scale: float | None = None,
     length: int | None = None,
+    scales: Sequence[float] | None = None,
     clex: ClexConfig | None = None,
     form: Form = "portable",
     gguf: str | Path | None = None,
@@ -65,6 +67,8 @@ def export(
             Ollama).
         scale: t; or give `length`.
         length: longest text in tokens.
+        scales: for target ``vllm``, instead of both: several t, rising, one for each length class
+            of a server with clex's plugin; the weights are untouched.
         clex: how a plain model is extended, such as ``ClexConfig(method="yarn", max_scale=4)``.
         form: ``portable`` folds the temperature into the queries; ``keep_weights`` leaves weights
             untouched and writes an attention factor (hf, vllm); ``two_scales`` (vllm) holds t = 1
@@ -97,6 +101,12 @@ def export(
     _check_out(out, overwrite)
     with console.status(f"loading {found.name}"):
         model = found.load(DTYPES[dtype])
+    classes = None
+    if scales is not None:
+        if scale is not None or length is not None or form != "portable":
+            raise ConfigError("several scales are a form of their own; give nothing beside them")
+        form, classes = "many_scales", length_classes(model, scales)
+        scale = classes.scales[-1]
     fixed = fixed_scale(model, scale=scale, length=length)
     require_form(form, family, target)
     settings: dict[str, Any] = {
@@ -114,6 +124,7 @@ def export(
         "temperature": fixed.temperature,
         "factors": fixed.factors.tolist(),
         "gguf": str(gguf) if gguf is not None else None,
+        "scales": list(classes.scales) if classes is not None else [],
     }
     if gguf is None:
         settings["weights"] = _weights(model, target, quantize)
@@ -130,9 +141,16 @@ def export(
         else:
             with console.status(f"writing {out}"):
                 queries = write_hf(
-                    model, found.tokenizer(), folder, fixed, family=family, form=form
+                    model,
+                    found.tokenizer(),
+                    folder,
+                    fixed,
+                    family=family,
+                    form=form,
+                    classes=classes,
                 )
-        record = ExportRecord(**settings, queries=queries, versions=_versions())
+        digests = digests_of(folder, [file.name for file in folder.iterdir() if file.is_file()])
+        record = ExportRecord(**settings, queries=queries, versions=_versions(), sha256=digests)
         record.write(folder)
         license_name, languages = license_of(resolve(found.base))
         if license_name is None and gguf is not None:
@@ -175,6 +193,10 @@ def _same_export(out: Path, settings: Mapping[str, Any]) -> ExportRecord:
             f"{out} holds another export ({', '.join(changed)} differ);"
             " pass --overwrite to replace it"
         )
+    try:
+        require_digests(out, record.sha256)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; pass --overwrite to write the export anew") from None
     return record
 
 

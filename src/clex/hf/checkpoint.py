@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import peft
 import torch
@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import ClexConfig
-from ..errors import CheckpointError, ClexError, OutputError
-from ..files import new_file, output_errors, read_json, write_json
+from ..digests import digests_of, require_digests
+from ..errors import CheckpointError, ClexError, unknown
+from ..files import new_files, read_json, write_json
 from ..version import __version__
+from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from .extend import config_of, extend, require_extension, restore
 from .models import load_base
 from .rotary import ScaledRope
@@ -26,6 +28,9 @@ from .rotary import ScaledRope
 CONFIG_FILE = "clex_config.json"
 WEIGHTS_FILE = "clex.safetensors"
 Weights = Literal["none", "adapter", "full"]
+
+# Weight files of transformers.
+_HOST_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def save(
@@ -35,6 +40,7 @@ def save(
     weights: Weights = "full",
     base_model: str | None = None,
     tokenizer: Any = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an extended model so that `load` gives the same logits.
 
@@ -49,6 +55,7 @@ def save(
             ``"none"`` for frozen models, which need a few kilobytes.
         base_model: name or folder of the plain model; needed by `load` unless weights are full.
         tokenizer: saved along if given.
+        state: the whole state dictionary of a model whose weights an engine has cut up.
 
     Returns:
         The folder.
@@ -58,18 +65,16 @@ def save(
     """
     folder = Path(folder)
     rope = require_extension(model)
-    with _writing(folder):
-        return _save(model, rope, folder, weights, base_model, tokenizer)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Safetensors writes by itself and tells of the system's error in words only."""
-    try:
-        with output_errors(folder):
-            yield
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    if weights == "adapter" and not isinstance(model, peft.PeftModel):
+        raise CheckpointError(f"{type(model).__name__} has no adapter to save")
+    with new_files(folder, last=CONFIG_FILE) as temporary:
+        _save(model, rope, temporary, weights, base_model, tokenizer, state)
+        if weights == "full":
+            # One file or several: an older one that is left over would be read in place of ours.
+            for file in folder.iterdir():
+                if _HOST_WEIGHTS.fullmatch(file.name) and not (temporary / file.name).exists():
+                    file.unlink()
+    return folder
 
 
 def _save(
@@ -79,27 +84,24 @@ def _save(
     weights: Weights,
     base_model: str | None,
     tokenizer: Any,
-) -> Path:
+    state: Mapping[str, Tensor] | None,
+) -> None:
     if weights != "none":
         target: Any = model
-        if weights == "adapter" and not isinstance(model, peft.PeftModel):
-            raise CheckpointError(f"{type(model).__name__} has no adapter to save")
-        state = model.state_dict()
+        state = model.state_dict() if state is None else state
         if weights == "full":
             state = {k: v for k, v in state.items() if not _is_ours(k)}
         target.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    with new_file(folder / WEIGHTS_FILE) as temporary:
-        save_file(extension_state(model), temporary, metadata={"format": "pt"})
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    save_extension_state(model, folder / WEIGHTS_FILE)
     write_json(
         folder / CONFIG_FILE,
         {
             "clex": config_of(model).to_dict(),
             "weights": weights,
             "base_model": base_model,
-            "sha256": digest,
+            "sha256": weight_digests(folder),
             "rope": _fingerprint(rope),
             "versions": {
                 "clex": __version__,
@@ -109,12 +111,18 @@ def _save(
             },
         },
     )
-    return folder
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of all weight files in `folder` that a checkpoint may consist of."""
+    names = [file.name for file in folder.iterdir()]
+    ours = (WEIGHTS_FILE, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+    return digests_of(folder, [n for n in names if n in ours or _HOST_WEIGHTS.fullmatch(n)])
 
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether `folder` holds an extension that `save` finished."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+    return os.path.isfile(Path(folder) / CONFIG_FILE)  # False for any text that is no path
 
 
 def load(
@@ -123,6 +131,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool | None = None,
 ) -> nn.Module:
     """Load an extended model.
 
@@ -132,6 +141,7 @@ def load(
             model that the folder names, are loaded.
         dtype: of the weights, where they are loaded here.
         device: where they go, likewise.
+        trust_remote_code: run code that the plain model brings along; see `load_base`.
 
     Returns:
         The extended model, in evaluation mode; a PEFT model where the folder holds an adapter.
@@ -140,28 +150,67 @@ def load(
         CheckpointError: a file is missing or damaged, or belongs to another model.
     """
     folder = Path(folder)
-    about = _read_about(folder)
+    about = read_about(folder)
     weights = about.get("weights", "none")
     if model is None:
         source = folder if weights == "full" else about.get("base_model")
         if not source:
             raise CheckpointError(f"{folder} names no base model; pass the model to clex.load")
-        model = load_base(source, dtype=dtype, device=device)
+        if weights == "full":
+            require_whole(folder, about)
+        model = load_base(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _load_extension(folder, about, model)
     if weights == "adapter":
-        model = peft.PeftModel.from_pretrained(model, folder)
+        try:
+            require_whole(folder, about)
+            model = load_adapter(model, folder)
+        except CheckpointError:
+            restore(model)
+            raise
     return model.eval()
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
+def read_about(folder: Path) -> dict[str, Any]:
+    """What `save` wrote beside the weights.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
     about = read_json(folder / CONFIG_FILE)
     if not isinstance(about, dict) or not isinstance(about.get("clex"), dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no 'clex' section")
+    if about.get("weights", "none") not in get_args(Weights):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: " + unknown("weights", about["weights"], get_args(Weights))
+        )
+    if not isinstance(about.get("base_model"), str | None):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: base_model is {about['base_model']!r}, no name"
+        )
     return about
+
+
+def require_whole(
+    folder: Path, about: Mapping[str, Any], names: Iterable[str] | None = None
+) -> None:
+    """Check weight files of `folder` against the SHA-256 in `about`.
+
+    Args:
+        about: from `read_about`.
+        names: of the files; all if not given.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    recorded = about.get("sha256") or {}
+    # Until November 2026 it was the digest of the extension alone.
+    recorded = {WEIGHTS_FILE: recorded} if isinstance(recorded, str) else recorded
+    require_digests(folder, recorded, names)
 
 
 def _load_extension(folder: Path, about: dict[str, Any], model: nn.Module) -> None:
     """Extend `model` as `folder` says; it stays plain where that fails."""
+    require_whole(folder, about, [WEIGHTS_FILE])
     extend(model, ClexConfig.from_dict(about["clex"]))
     try:
         fingerprint = _fingerprint(require_extension(model))
@@ -170,7 +219,7 @@ def _load_extension(folder: Path, about: dict[str, Any], model: nn.Module) -> No
                 f"{folder} was made for another model: rotary {about.get('rope')}, this one has"
                 f" {fingerprint}"
             )
-        load_extension_state(model, folder / WEIGHTS_FILE, digest=about.get("sha256"))
+        load_extension_state(model, folder / WEIGHTS_FILE)
     except ClexError:
         restore(model)
         raise
@@ -183,7 +232,7 @@ def require_loadable(folder: str | Path, model: nn.Module) -> None:
         CheckpointError: a file is missing or damaged, or belongs to another model.
     """
     folder = Path(folder)
-    _load_extension(folder, _read_about(folder), model)
+    _load_extension(folder, read_about(folder), model)
     restore(model)
 
 
@@ -196,21 +245,26 @@ def extension_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def load_extension_state(model: nn.Module, file: Path, digest: str | None = None) -> None:
+def save_extension_state(model: nn.Module, file: Path) -> None:
+    """Write the learned numbers of an extended model."""
+    save_file(extension_state(model), file, metadata={"format": "pt"})
+
+
+def load_extension_state(model: nn.Module, file: Path) -> None:
     """Put the numbers of `file` into an extended model.
 
     Raises:
         CheckpointError: the file is missing or damaged, or has other names or shapes.
     """
     try:
-        if digest and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the recorded one")
         state = load_file(file)
     except FileNotFoundError:
         raise CheckpointError(f"no {file.name} in {file.parent}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from None
     state.pop("closed_form", None)
+    # Files made before 2026-11-25 hold the numbers of the temperature without a dimension.
+    state = {name: tensor.reshape(tensor.shape or (1,)) for name, tensor in state.items()}
     _require_same_names(require_extension(model).scalings.state_dict(), state, file)
     for rope in (m for m in model.modules() if isinstance(m, ScaledRope)):
         rope.scalings.load_state_dict(state)
@@ -259,7 +313,7 @@ def load_config(folder: str | Path) -> ClexConfig:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    return ClexConfig.from_dict(_read_about(Path(folder))["clex"])
+    return ClexConfig.from_dict(read_about(Path(folder))["clex"])
 
 
 def base_name(folder: str | Path) -> str:
@@ -268,7 +322,7 @@ def base_name(folder: str | Path) -> str:
     Raises:
         CheckpointError: it names none.
     """
-    name = read_json(Path(folder) / CONFIG_FILE).get("base_model")
+    name = read_about(Path(folder)).get("base_model")
     if not name:
         raise CheckpointError(f"{folder} names no base model")
     return str(name)

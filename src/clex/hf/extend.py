@@ -129,6 +129,10 @@ def at_scale(
     Use it around generation: keys are cached after rotation, so t must not change while a cache
     lives. Without it each forward call takes t from its own largest position.
 
+    The block holds for the model, also in threads that are started inside it (such as a worker that
+    generates for a streamer); a thread that is in a block of its own, or in a `generate` that chose
+    t itself, keeps to that.
+
     Args:
         model: an extended model.
         t: one scale for all rows, or one for each row of the batch; at least 1.
@@ -147,7 +151,7 @@ def at_scale(
     else:
         # A tensor may live on a device, where reading its values to check them would wait.
         scale = t.reshape(-1)
-    with holding(model, scale, positions):
+    with holding(model, scale, positions, for_all=True):
         yield
 
 
@@ -203,15 +207,14 @@ def _check_effect(model: nn.Module, rope: ScaledRope, config: ClexConfig) -> Non
     position_ids = torch.arange(8, device=device)[None]
 
     def tables(t: float) -> list[Tensor]:
-        rope.hold(t)
-        table = rope(x, position_ids, *layer_type)
+        with rope.hold(t):
+            table = rope(x, position_ids, *layer_type)
         return [table] if isinstance(table, Tensor) else list(table)
 
     with torch.no_grad():
         stock = rope.stock(x, position_ids, *layer_type)
         stock = [stock] if isinstance(stock, Tensor) else list(stock)
         one, most = tables(1.0), tables(config.max_scale)
-    rope.hold(None)
     name = f"{type(model).__name__} ({type(rope.stock).__name__})"
     same = all(torch.equal(a, b) for a, b in zip(stock, one, strict=True))
     fresh = scaling.inv_freq_native.cpu().equal(getattr(rope.stock, freq_name(key)).cpu())

@@ -94,7 +94,11 @@ def _ropes(decoder: nn.Module, name: str) -> list[ScaledRope]:
 def _scale(rope: ScaledRope, inputs: Mapping[str, Any], cache: Any) -> Tensor | None:
     """Scale (B,) or (1,) of a pass for which none is held; `None`: the positions decide."""
     lengths = row_lengths(inputs.get("attention_mask"), inputs.get("position_ids"))
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    new = 0 if tokens is None else tokens.shape[1]
     if not isinstance(cache, Cache):
+        _warn_beyond(rope, inputs, new)
         return None if lengths is None else rope.scale_for(lengths)
     if torch.compiler.is_compiling():
         raise ConfigError(
@@ -102,11 +106,19 @@ def _scale(rope: ScaledRope, inputs: Mapping[str, Any], cache: Any) -> Tensor | 
             " clex.at_scale(model, t)"
         )
     if lengths is None:
-        tokens = inputs.get("input_ids")
-        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        new = 0 if tokens is None else tokens.shape[1]
-        lengths = torch.tensor([int(cache.get_seq_length()) + new])
+        new += int(cache.get_seq_length())
+        lengths = torch.tensor([new])
+    _warn_beyond(rope, inputs, new)
     return serving_scale(rope, cache, rope.scale_for(lengths))
+
+
+def _warn_beyond(rope: ScaledRope, inputs: Mapping[str, Any], tokens: int) -> None:
+    """Warn by the shapes, padding included: the real lengths may be on a device."""
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        tokens = max(tokens, mask.shape[1])
+    if not torch.compiler.is_compiling():
+        rope.warn_beyond(tokens)
 
 
 def row_lengths(attention_mask: Any, position_ids: Any) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -157,14 +156,7 @@ def _hold(held: ExitStack, model: nn.Module, lengths: Tensor, cache: Any = None)
     rope = next(iter(ropes_of(model)), None)
     if rope is None or rope.scale is not None:
         return
-    config = rope.clex_config
-    longest, most = int(lengths.max()), config.max_scale * rope.native_length
-    if longest > most and config.fixed_scale is None:
-        warnings.warn(
-            f"{longest} tokens are more than the {most:.0f} that max_scale {config.max_scale:g}"
-            " covers; the text goes on at that scale",
-            stacklevel=3,
-        )
+    rope.warn_beyond(int(lengths.max()))
     scale = serving_scale(rope, cache, rope.scale_for(lengths))
     if bool((scale == scale[0]).all()):
         scale = scale[:1]  # one vector for all rows is less work

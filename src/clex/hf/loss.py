@@ -1,11 +1,13 @@
 """Token losses in bounded memory, for any causal language model.
 
-Full logits of a 64k-token text over a 49k vocabulary are 12.8 GB. Here the model runs once without
-its logits, and the output head is applied to a few thousand hidden states at a time.
+Full logits of a 64k-token text over a 49k vocabulary are 12.8 GB. Here the output head turns a few
+thousand hidden states at a time into losses and forgets their logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +19,17 @@ from ..errors import UnsupportedModelError
 
 # Logits held at any moment: 64 Mi float32 numbers, 256 MiB.
 LOGITS_AT_ONCE = 2**26
+# Target of a token that is not scored.
+UNSCORED = -100
 
 
 class TokenLoss:
     """Losses of single tokens under a model whose logits are ``head(hidden)``.
 
-    On its first call it compares the logits of the last token with the model's own, so that a model
+    The losses are made inside the one call of the head that belongs to the model's own forward
+    pass: that is when engines that cut weights up (FSDP2, ZeRO-3) have them whole.
+
+    Before its first call it compares the logits of a token with the model's own, so that a model
     that does more than apply its head (scaling, a soft cap) is handled or refused, never wrong.
 
     Args:
@@ -32,7 +39,6 @@ class TokenLoss:
     def __init__(self, model: nn.Module) -> None:
         self.plain: Any = getattr(model, "module", model)
         self.head: Any = self.plain.get_output_embeddings()
-        self.decoder: Any = self.plain.get_decoder()
         config = self.plain.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
@@ -40,11 +46,20 @@ class TokenLoss:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self._checked = False
-        if self.head is None or self.decoder is None:
+        if self.head is None:
             raise UnsupportedModelError(f"{type(self.plain).__name__} has no output head")
+        # One object for good, or a compiled model would be compiled anew in each call.
+        self._losses_for_logits = torch.compiler.disable(self._score_all)
+        self._targets: Tensor | None = None
+        self._hits: Tensor | None = None
 
     def __call__(
-        self, model: nn.Module, input_ids: Tensor, last: int | None = None, **inputs: Any
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        last: int | None = None,
+        targets: Tensor | None = None,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Losses of the last `last` tokens (all but the first if not given).
 
@@ -52,29 +67,55 @@ class TokenLoss:
             model: the model to call, wrapped as the training engine has it.
             input_ids: (B, T).
             last: number of tokens to score, at most T - 1.
+            targets: (B, T), the token that follows each of `input_ids`, `UNSCORED` where it does
+                not count. For a piece of a text that is cut across processes; replaces `last`.
             inputs: further arguments of the model, such as `position_ids`.
 
         Returns:
             Negative log-likelihoods in nats, float32, (B, last); and whether each token was the
-            model's first choice, bool, (B, last).
+            model's first choice, bool, (B, last). With `targets` (B, T), 0 where not scored.
         """
-        last = last or input_ids.shape[1] - 1
-        caught: list[Tensor] = []
-        handle = self.decoder.register_forward_hook(
-            lambda _module, _args, output: caught.append(output[0])
-        )
+        self.check(input_ids)
+        cut = targets is not None
+        if targets is None:
+            last = last or input_ids.shape[1] - 1
+            # The last hidden state predicts a token that is not there.
+            targets = nn.functional.pad(input_ids[:, -last:], (0, 1), value=UNSCORED)
+        with self._scoring(targets) as found:
+            model(input_ids=input_ids, logits_to_keep=targets.shape[1], use_cache=False, **inputs)
+        losses, hits = found
+        return (losses, hits) if cut else (losses[:, :-1], hits[:, :-1])
+
+    @contextmanager
+    def _scoring(self, targets: Tensor) -> Iterator[list[Tensor]]:
+        """Inside the block the head returns losses; a pass leaves them and the hits in the list."""
+        before = self.head.__dict__.get("forward")
+        found: list[Tensor] = []
+        self._targets = targets
+        self._logits_of, self.head.forward = self.head.forward, self._losses_for_logits
+
+        def keep(_module: Any, _args: Any, output: Tensor) -> None:
+            # What the hooks of sharding engines have made of it: they wait for its gradient.
+            assert self._hits is not None
+            found[:] = output[..., 0], self._hits
+
+        handle = self.head.register_forward_hook(keep)
         try:
-            output = model(input_ids=input_ids, logits_to_keep=1, use_cache=False, **inputs)
+            yield found
         finally:
             handle.remove()
-        hidden = caught[-1]
-        if not self._checked:
-            self._check(hidden[:, -1:], output.logits[:, -1:])
-        hidden = hidden[:, -last - 1 : -1]
-        targets = input_ids[:, -last:]
-        size = max(1, LOGITS_AT_ONCE // (self.head.weight.shape[0] * len(input_ids)))
+            self._targets = self._hits = None
+            del self.head.forward
+            if before is not None:
+                self.head.forward = before
+
+    def _score_all(self, hidden: Tensor) -> Tensor:
+        """What the head does while it scores: losses (B, T, 1) in place of logits (B, T, V)."""
+        assert self._targets is not None
+        hidden = hidden[:, -self._targets.shape[1] :]
+        size = max(1, LOGITS_AT_ONCE // (self.head.weight.shape[0] * len(hidden)))
         losses, hits = [], []
-        for part, wanted in zip(hidden.split(size, 1), targets.split(size, 1), strict=True):
+        for part, wanted in zip(hidden.split(size, 1), self._targets.split(size, 1), strict=True):
             if torch.is_grad_enabled():
                 # The logits of a part are made again in the backward pass, not kept.
                 loss, hit = checkpoint(self._score, part, wanted, use_reentrant=False)
@@ -82,23 +123,43 @@ class TokenLoss:
                 loss, hit = self._score(part, wanted)
             losses.append(loss)
             hits.append(hit)
-        return torch.cat(losses, dim=1), torch.cat(hits, dim=1)
+        self._hits = torch.cat(hits, dim=1)
+        return torch.cat(losses, dim=1)[..., None]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden).float() * self.factor
+    def _finish(self, logits: Tensor) -> Tensor:
+        """What the model does to the logits of its head."""
+        logits = logits.float() * self.factor
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._logits(hidden)
-        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        logits = self._finish(self._logits_of(hidden))
+        loss = cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=UNSCORED
+        )
         return loss.view(targets.shape), logits.detach().argmax(-1) == targets
 
     @torch.no_grad()
-    def _check(self, hidden: Tensor, logits: Tensor) -> None:
-        ours, theirs = self._logits(hidden), logits.float()
-        exact = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
+    def check(self, input_ids: Tensor) -> None:
+        """Compare our logits of one token of each row with the model's own, the first time.
+
+        Raises:
+            UnsupportedModelError: they differ.
+        """
+        if self._checked:
+            return
+        caught: list[Tensor] = []
+        handle = self.head.register_forward_hook(
+            lambda _module, _args, output: caught.append(output)
+        )
+        try:
+            # The model without its wrapping, which may compile a pass of this size for nothing.
+            output = self.plain(input_ids=input_ids[:, :8], logits_to_keep=1, use_cache=False)
+        finally:
+            handle.remove()
+        ours, theirs = self._finish(caught[-1][:, -1:]), output.logits[:, -1:].float()
+        exact = caught[-1].dtype == torch.float32
         tolerance = 1e-4 if exact else 0.05
         if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.std().item()):
             raise UnsupportedModelError(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..config import ClexConfig
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import new_folder, read_json, write_json
-from .checkpoint import CONFIG_FILE, save
+from .checkpoint import CONFIG_FILE, save, weight_digests
 from .extend import extend, require_extension
 from .rotary import ALL_LAYERS
 from .skeleton import skeleton_of
@@ -112,8 +112,8 @@ def import_official(
                 shutil.copyfile(file, temporary / file.name)
         save(model, temporary, weights="none")
         # The skeleton has no weights to save; those that belong to it lie beside already.
-        about = {**read_json(temporary / CONFIG_FILE), "weights": "full"}
-        write_json(temporary / CONFIG_FILE, about)
+        about = {"weights": "full", "sha256": weight_digests(temporary)}
+        write_json(temporary / CONFIG_FILE, {**read_json(temporary / CONFIG_FILE), **about})
     return out
 
 

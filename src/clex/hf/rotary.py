@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,9 @@ from .fused import Angles, fuse
 # Key of the only frequency vector of a model that has no layer types.
 ALL_LAYERS = "all"
 
+# Tokens of a batch from which on eager passes use the fused rotation.
+FUSED_FROM = 2048
+
 
 @dataclass
 class ForwardPass:
@@ -30,6 +35,25 @@ class ForwardPass:
     """
 
     scale: Tensor | None
+
+
+@dataclass(eq=False)
+class Hold:
+    """A scale that is held, with its frequencies.
+
+    Attributes:
+        scale: float32, (1,) for all rows or (B,) for one a row.
+        positions: table (B, T) float32 of sampled positions, indexed by `position_ids`; training
+            only. It lives here because the host reads jumps in `position_ids` as document borders.
+        solved: inv_freq and attention factor of each extended part; empty in training, where each
+            forward pass solves them anew.
+        training: whether the module was in training mode when they were solved.
+    """
+
+    scale: Tensor
+    positions: Tensor | None
+    solved: dict[str, tuple[Tensor, Tensor]]
+    training: bool
 
 
 class ScaledRope(nn.Module):
@@ -44,13 +68,9 @@ class ScaledRope(nn.Module):
         stock: the rotary module of the host, kept unchanged for `restore`.
         scalings: a `Scaling` for each extended layer type, or one under `ALL_LAYERS`.
 
+    Two threads may use one model: what a thread holds for itself is seen by no other.
+
     Attributes:
-        scale: the scale that is held, float32: (1,) for all rows or (B,) for one a row. ``None``:
-            each row takes the scale of its own length in the call.
-        forward_pass: set by `clex.hf.forward_pass` while the host's decoder runs and no scale is
-            held; it knows the real tokens of each row, which positions alone do not tell.
-        positions: table (B, T) float32 of sampled positions, indexed by `position_ids`; training
-            only. It lives here because the host reads jumps in `position_ids` as document borders.
         interleaved: whether the pairs of the attention that `fuse` found are neighbours; ``None``:
             it was not fused, and always takes cos and sin.
         plain_attention: name of the attention that `restore` puts back, where the method brought
@@ -61,13 +81,11 @@ class ScaledRope(nn.Module):
         super().__init__()
         self.stock = stock
         self.scalings = nn.ModuleDict(scalings)
-        self.scale: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.forward_pass: ForwardPass | None = None
         self.plain_attention: str | None = None
         self.interleaved: bool | None = None
-        self._solved: dict[str, tuple[Tensor, Tensor]] = {}
-        self._solved_in_training = False
+        self._own = threading.local()
+        self._for_all: list[Hold] = []
+        self._warned = False
         self._takes_rows = self._try_rows()
 
     def __getattr__(self, name: str) -> Any:
@@ -75,6 +93,41 @@ class ScaledRope(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("stock"), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is held by nobody, and what belongs to threads cannot be copied.
+        return {**self.__dict__, "_own": None, "_for_all": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_own": threading.local()})
+
+    @property
+    def held(self) -> Hold | None:
+        """What is in force in this thread: its own, or else the last that was held for all."""
+        own: Hold | None = getattr(self._own, "hold", None)
+        # One slice: another thread may leave its block between two looks at the list.
+        last = self._for_all[-1:]
+        return last[0] if own is None and last else own
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The scale that is held; ``None``: each row takes that of its own length in the call."""
+        held = self.held
+        return None if held is None else held.scale
+
+    @property
+    def forward_pass(self) -> ForwardPass | None:
+        """The pass of the host that this thread is in, while no scale is held.
+
+        Set by `clex.hf.forward_pass`, which knows the real tokens of each row; positions alone do
+        not tell them.
+        """
+        current: ForwardPass | None = getattr(self._own, "forward_pass", None)
+        return current
+
+    @forward_pass.setter
+    def forward_pass(self, current: ForwardPass | None) -> None:
+        self._own.forward_pass = current
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """What the host's rotary returns: cos and sin (or a complex table), in the dtype of `x`.
@@ -85,36 +138,35 @@ class ScaledRope(nn.Module):
         if key not in self.scalings:
             extra = () if layer_type is None else (layer_type,)
             return self.stock(x, position_ids, *extra)
-        inv_freq, factor = self._frequencies(key, position_ids)
+        held = self.held
+        positions = None if held is None else held.positions
+        inv_freq, factor = self._frequencies(key, position_ids, held)
         rows = x.shape[-3]  # Gemma 3n stacks four streams before the batch
         if len(inv_freq) not in (1, rows):
             inv_freq, factor = spread(inv_freq, rows), spread(factor, rows)
-        if position_ids.shape[-2] == 1 < rows and (len(inv_freq) > 1 or self.positions is not None):
+        if position_ids.shape[-2] == 1 < rows and (len(inv_freq) > 1 or positions is not None):
             position_ids = position_ids.expand(*position_ids.shape[:-2], rows, -1)
-        if self.positions is not None:
-            table = self.positions.to(x.device).expand(position_ids.shape[-2], -1)
+        if positions is not None:
+            table = positions.to(x.device).expand(position_ids.shape[-2], -1)
             position_ids = table.gather(1, position_ids)
-        if self.interleaved is not None and active(x) and position_ids.dim() == 2:
+        if self.interleaved is not None and position_ids.dim() == 2 and _worth_it(x, position_ids):
             factor = self._with_stock(factor, layer_type)
             return position_ids, Angles(inv_freq, factor, self.interleaved, x.dtype)
         return self._call(x, position_ids, inv_freq, factor, layer_type)
 
-    def _frequencies(self, key: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _frequencies(
+        self, key: str, position_ids: Tensor, held: Hold | None
+    ) -> tuple[Tensor, Tensor]:
         """inv_freq (B, F) and attention factor (B,); B is 1 where all rows share a scale."""
-        solved = self._solved.get(key)
-        if (
-            solved is not None
-            and not torch.is_grad_enabled()
-            and self._solved_in_training == self.training
-        ):
-            return solved
+        if held is not None and not torch.is_grad_enabled() and held.training == self.training:
+            solved = held.solved.get(key)
+            if solved is not None:
+                return solved
         scaling: Any = self.scalings[key]
-        t = self._scale_in_force(position_ids)
+        t = self._scale_in_force(position_ids) if held is None else held.scale
         return scaling.inv_freq(t), scaling.attention_factor(t)
 
     def _scale_in_force(self, position_ids: Tensor) -> Tensor:
-        if self.scale is not None:
-            return self.scale
         current = self.forward_pass
         if current is not None and current.scale is not None:
             return current.scale
@@ -145,6 +197,19 @@ class ScaledRope(nn.Module):
         scale: Tensor = first.scale_for(lengths.to(first.inv_freq_native.device))
         return scale
 
+    def warn_beyond(self, tokens: int) -> None:
+        """Say once that a text of so many `tokens` is longer than the largest scale covers."""
+        config = self.clex_config
+        most = config.max_scale * self.native_length
+        if self._warned or tokens <= most or config.fixed_scale is not None:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{tokens} tokens are more than the {most:.0f} that max_scale {config.max_scale:g}"
+            " covers; texts go on at that scale",
+            stacklevel=4,
+        )
+
     def solve(self, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """inv_freq (B, F) and attention factor (B,) at `scale` (B,), for each extended part."""
         solved = {}
@@ -154,22 +219,45 @@ class ScaledRope(nn.Module):
             solved[key] = scaling.inv_freq(t), scaling.attention_factor(t)
         return solved
 
-    def hold(self, scale: float | Tensor | None, positions: Tensor | None = None) -> None:
-        """Set `scale` and `positions`, and solve the frequencies of the scale once for inference.
+    @contextmanager
+    def hold(
+        self, scale: float | Tensor, positions: Tensor | None = None, *, for_all: bool = False
+    ) -> Iterator[None]:
+        """Hold a scale inside the block, its frequencies solved once for inference.
 
-        Now and not at the first use: that may be inside a compiled graph. They live until the next
-        call and are not keyed on the state of the parameters, since fused optimisers change those
-        without raising their version. With gradients each forward pass solves them anew.
+        Solved now and not at the first use: that may be inside a compiled graph. They are not keyed
+        on the state of the parameters, since fused optimisers change those without raising their
+        version; what was held before is solved anew when the block ends.
+
+        Args:
+            scale: one for all rows, or (B,).
+            positions: sampled positions (B, T), training only.
+            for_all: in every thread that holds none of its own; else in this thread alone.
         """
-        if scale is not None:
-            device = self._first.inv_freq_native.device
-            scale = torch.as_tensor(scale, dtype=torch.float32, device=device).reshape(-1)
-        self.scale, self.positions = scale, positions
-        self._solved = {}
-        if scale is None or (self.training and torch.is_grad_enabled()):
+        device = self._first.inv_freq_native.device
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=device).reshape(-1)
+        hold = Hold(scale, positions, {}, self.training)
+        self._solve_held(hold)
+        before: Hold | None = getattr(self._own, "hold", None)
+        self._own.hold = hold
+        if for_all:
+            self._for_all.append(hold)
+        try:
+            yield
+        finally:
+            if for_all:
+                self._for_all.remove(hold)
+            if before is not None:
+                self._solve_held(before)
+            self._own.hold = before
+
+    def _solve_held(self, hold: Hold) -> None:
+        hold.training = self.training
+        if self.training and torch.is_grad_enabled():
+            hold.solved = {}
             return
         with torch.no_grad():
-            self._solved, self._solved_in_training = self.solve(scale), self.training
+            hold.solved = self.solve(hold.scale)
 
     def _call(
         self,
@@ -260,6 +348,20 @@ class ScaledRope(nn.Module):
         )
 
 
+def _worth_it(x: Tensor, position_ids: Tensor) -> bool:
+    """Whether the fused rotation is the faster one; both give the same bits."""
+    if not active(x):
+        return False
+    # Few tokens do not fill the GPU: a step of decoding takes as long as the host needs to launch
+    # it, and an operator of ours takes the host longer than the launches that it saves. In a graph,
+    # compiled or captured, launches are free.
+    return (
+        position_ids.numel() >= FUSED_FROM
+        or torch.compiler.is_compiling()
+        or torch.cuda.is_current_stream_capturing()
+    )
+
+
 def spread(per_row: Tensor, rows: int) -> Tensor:
     """One entry for each of `rows`: beams and returned sequences stand beside their prompt.
 
@@ -280,18 +382,17 @@ def ropes_of(model: nn.Module) -> list[ScaledRope]:
 
 @contextmanager
 def holding(
-    model: nn.Module, scale: float | Tensor, positions: Tensor | None = None
+    model: nn.Module,
+    scale: float | Tensor,
+    positions: Tensor | None = None,
+    *,
+    for_all: bool = False,
 ) -> Iterator[None]:
-    """Hold a scale in every rotary of `model` inside the block; see `clex.at_scale`."""
-    ropes = ropes_of(model)
-    before = [(rope.scale, rope.positions) for rope in ropes]
-    try:
-        for rope in ropes:
-            rope.hold(scale, positions)
+    """Hold a scale in every rotary of `model` inside the block; see `ScaledRope.hold`."""
+    with ExitStack() as stack:
+        for rope in ropes_of(model):
+            stack.enter_context(rope.hold(scale, positions, for_all=for_all))
         yield
-    finally:
-        for rope, (old_scale, old_positions) in zip(ropes, before, strict=True):
-            rope.hold(old_scale, old_positions)
 
 
 class _View:

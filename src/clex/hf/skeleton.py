@@ -7,21 +7,19 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..config import ClexConfig
-from ..errors import ConfigError
-from ..files import read_json
 from .checkpoint import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     base_name,
     is_checkpoint,
     load_extension_state,
+    read_about,
     require_loadable,
 )
 from .extend import extend
-from .models import resolve
+from .models import load_host_config
 
 
 def skeleton_of(config: PreTrainedConfig) -> nn.Module:
@@ -50,23 +48,13 @@ def load_skeleton(name: str | Path) -> nn.Module:
         CheckpointError: a file of the extension is missing or damaged.
     """
     if not is_checkpoint(name):
-        return skeleton_of(_read_config(name))
+        return skeleton_of(load_host_config(name))
     folder = Path(name)
-    about = read_json(folder / CONFIG_FILE)
-    full = isinstance(about, dict) and about.get("weights") == "full"
-    model = skeleton_of(_read_config(folder if full else base_name(folder)))
+    about = read_about(folder)
+    full = about.get("weights") == "full"
+    model = skeleton_of(load_host_config(folder if full else base_name(folder)))
     require_loadable(folder, model)
     # An adapter has no part in the frequencies, so it is left out.
     extend(model, ClexConfig.from_dict(about["clex"]))
     load_extension_state(model, folder / WEIGHTS_FILE)
     return model.eval()
-
-
-def _read_config(name: str | Path) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(resolve(name))
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"cannot read the config of {str(name)!r}: {lines[0]}") from error

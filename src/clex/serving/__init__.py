@@ -1,0 +1,1 @@
+"""Extended models inside serving engines, where one scale for every text is not enough."""
