@@ -13,10 +13,10 @@ from clex.rope import RopeSpec
 from clex.scaling.clex import Clex
 
 
-def make(activation: str, steps: int) -> Clex:
+def make(activation: str, steps: int, base: str = "dynamic_ntk") -> Clex:
     index = torch.arange(0, 20, 2, dtype=torch.float32)
     spec = RopeSpec(1.0 / 10_000.0 ** (index / 20), 512, 10_000.0)
-    scaling = Clex(spec, ClexConfig(activation=activation, steps=steps, width=0.3))
+    scaling = Clex(spec, ClexConfig(activation=activation, steps=steps, width=0.3, base=base))
     for parameter in scaling.field.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return scaling
@@ -28,15 +28,17 @@ def gradients(scaling: Clex, residual: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(total, list(scaling.field.parameters())))
 
 
-@pytest.mark.parametrize("activation", ["tanh", "silu"])
-def test_kernel_solves_and_differentiates_the_steps(device: str, activation: str) -> None:
-    scaling = make(activation, steps=3).to(device)
+@pytest.mark.parametrize(("activation", "base"), [("tanh", "dynamic_ntk"), ("silu", "yarn")])
+def test_kernel_solves_and_differentiates_the_steps(
+    device: str, activation: str, base: str
+) -> None:
+    scaling = make(activation, 3, base).to(device)
     t = torch.tensor([1.0, 1.7, 12.0], device=device)
     found = scaling._kernel(t)
     grads = gradients(scaling, found)
     assert (found[0] == 0).all()
 
-    exact: Any = make(activation, steps=3)
+    exact: Any = make(activation, 3, base)
     exact.load_state_dict(scaling.cpu().state_dict())
     for module in exact.modules():
         for table in (module._parameters, module._buffers):
@@ -60,12 +62,12 @@ def test_an_untrained_field_leaves_the_base_alone(device: str) -> None:
     [
         ({}, True),
         ({"preset": "paper"}, False),
-        ({"base": "yarn"}, False),
+        ({"base": "yarn"}, True),
         ({"solver": "dopri5"}, False),
     ],
     ids=str,
 )
-def test_the_kernel_is_for_the_default_dynamics(changes: dict[str, Any], has: bool) -> None:
+def test_the_kernel_is_for_the_modulated_field(changes: dict[str, Any], has: bool) -> None:
     index = torch.arange(0, 20, 2, dtype=torch.float32)
     spec = RopeSpec(1.0 / 10_000.0 ** (index / 20), 512, 10_000.0)
     assert Clex(spec, ClexConfig(**changes)).has_kernel is has

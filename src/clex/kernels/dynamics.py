@@ -1,7 +1,8 @@
-"""The modulated field around `dynamic_ntk`, solved by RK4 in one kernel; its gradient in another.
+"""The modulated field, solved by RK4 in one kernel; its gradient in another.
 
 Every pair of a scale and a frequency has an equation of its own, so all are solved at the same
-time, with the state in registers. The gradient is that of the discrete steps, as back-propagation
+time, with the state in registers. The base curve enters as tables of its value and rate at the
+clocks that RK4 visits. The gradient is that of the discrete steps, as back-propagation
 through them gives it: the adjoint goes back step by step from the states that forward kept.
 """
 
@@ -41,22 +42,22 @@ def _slope_of(a, y, SILU: tl.constexpr):
 
 
 @triton.jit
-def _hidden(u, r, slope, still, on_u, on_z, FACTOR: tl.constexpr):
-    """Inputs of the activations, (frequencies, hidden), and rate of the base, at clock `u`."""
-    s = tl.exp(u)
-    alpha = FACTOR * s - (FACTOR - 1)
-    z = r - slope * tl.log(alpha)
-    a = still + (u * on_u)[None, :] + z[:, None] * on_z[None, :]
-    return a, z, slope * (FACTOR * s / alpha)
+def _base(curve, rate, row, point, f, mask, size, STEPS: tl.constexpr):
+    """z and rate of the base curve at one of the 2 * STEPS + 1 clocks, (frequencies,) each."""
+    where = (row * (2 * STEPS + 1) + point) * size + f
+    return tl.load(curve + where, mask=mask, other=0.0), tl.load(rate + where, mask=mask, other=0.0)
 
 
 @triton.jit
-def _rate(
-    u, r, slope, still, on_u, on_z, w2, b2, FACTOR: tl.constexpr, BOUND: tl.constexpr,
-    SILU: tl.constexpr,
-):  # fmt: skip
-    a, _, base_rate = _hidden(u, r, slope, still, on_u, on_z, FACTOR)
-    g = tl.sum(_activation(a, SILU) * w2[None, :], axis=1) + b2
+def _hidden(u, z, still, on_u, on_z):
+    """Inputs of the activations at clock `u`, (frequencies, hidden)."""
+    return still + (u * on_u)[None, :] + z[:, None] * on_z[None, :]
+
+
+@triton.jit
+def _rate(u, z, base_rate, still, on_u, on_z, w2, b2, BOUND: tl.constexpr, SILU: tl.constexpr):
+    y = _activation(_hidden(u, z, still, on_u, on_z), SILU)
+    g = tl.sum(y * w2[None, :], axis=1) + b2
     return -base_rate * (tl.exp(BOUND * _tanh(g)) - 1)
 
 
@@ -75,14 +76,13 @@ def _network(w1, b1, w2, b2, log_turns, hidden, unit, HIDDEN: tl.constexpr):
 
 @triton.jit
 def _solve(
-    t, slope, log_turns, w1, b1, w2, b2, residual, states, size, hidden, unit,
-    STEPS: tl.constexpr, FACTOR: tl.constexpr, BOUND: tl.constexpr, SILU: tl.constexpr,
+    t, curve, rate, log_turns, w1, b1, w2, b2, residual, states, size, hidden, unit,
+    STEPS: tl.constexpr, BOUND: tl.constexpr, SILU: tl.constexpr,
     FREQUENCIES: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     f = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
     mask = f < size
-    slope = tl.load(slope + f, mask=mask, other=0.0)
     turns = tl.load(log_turns + f, mask=mask, other=0.0)
     still, on_u, on_z, w2, b2 = _network(w1, b1, w2, b2, turns, hidden, unit, HIDDEN)
     h = tl.log(tl.load(t + row)) / STEPS
@@ -91,21 +91,24 @@ def _solve(
         tl.store(states + (row * STEPS + k) * size + f, r, mask=mask)
         u = k * h
         m = u + h / 2
-        k1 = _rate(u, r, slope, still, on_u, on_z, w2, b2, FACTOR, BOUND, SILU)
-        k2 = _rate(m, r + h / 2 * k1, slope, still, on_u, on_z, w2, b2, FACTOR, BOUND, SILU)
-        k3 = _rate(m, r + h / 2 * k2, slope, still, on_u, on_z, w2, b2, FACTOR, BOUND, SILU)
-        k4 = _rate(u + h, r + h * k3, slope, still, on_u, on_z, w2, b2, FACTOR, BOUND, SILU)
+        z1, rate1 = _base(curve, rate, row, 2 * k, f, mask, size, STEPS)
+        z2, rate2 = _base(curve, rate, row, 2 * k + 1, f, mask, size, STEPS)
+        z4, rate4 = _base(curve, rate, row, 2 * k + 2, f, mask, size, STEPS)
+        k1 = _rate(u, z1 + r, rate1, still, on_u, on_z, w2, b2, BOUND, SILU)
+        k2 = _rate(m, z2 + r + h / 2 * k1, rate2, still, on_u, on_z, w2, b2, BOUND, SILU)
+        k3 = _rate(m, z2 + r + h / 2 * k2, rate2, still, on_u, on_z, w2, b2, BOUND, SILU)
+        k4 = _rate(u + h, z4 + r + h * k3, rate4, still, on_u, on_z, w2, b2, BOUND, SILU)
         r += h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     tl.store(residual + row * size + f, r, mask=mask)
 
 
 @triton.jit
 def _pull(
-    pull, u, r, slope, still, on_u, on_z, w2, b2, d_a, d_au, d_az, d_w2, d_b2,
-    FACTOR: tl.constexpr, BOUND: tl.constexpr, SILU: tl.constexpr,
+    pull, u, z, base_rate, still, on_u, on_z, w2, b2, d_a, d_au, d_az, d_w2, d_b2,
+    BOUND: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Pull the gradient of one rate back to its state, and add to those of the network."""
-    a, z, base_rate = _hidden(u, r, slope, still, on_u, on_z, FACTOR)
+    a = _hidden(u, z, still, on_u, on_z)
     y = _activation(a, SILU)
     share = _tanh(tl.sum(y * w2[None, :], axis=1) + b2)
     d_g = -pull * base_rate * tl.exp(BOUND * share) * BOUND * (1 - share * share)
@@ -120,14 +123,13 @@ def _pull(
 
 @triton.jit
 def _adjoint(
-    t, slope, log_turns, w1, b1, w2, b2, states, grad, parts, size, hidden, unit,
-    STEPS: tl.constexpr, FACTOR: tl.constexpr, BOUND: tl.constexpr, SILU: tl.constexpr,
+    t, curve, rate, log_turns, w1, b1, w2, b2, states, grad, parts, size, hidden, unit,
+    STEPS: tl.constexpr, BOUND: tl.constexpr, SILU: tl.constexpr,
     FREQUENCIES: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     f = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
     mask = f < size
-    slope = tl.load(slope + f, mask=mask, other=0.0)
     turns = tl.load(log_turns + f, mask=mask, other=0.0)
     still, on_u, on_z, w2, b2 = _network(w1, b1, w2, b2, turns, hidden, unit, HIDDEN)
     h = tl.log(tl.load(t + row)) / STEPS
@@ -140,24 +142,29 @@ def _adjoint(
         r = tl.load(states + (row * STEPS + k) * size + f, mask=mask, other=0.0)
         u = k * h
         m = u + h / 2
-        r2 = r + h / 2 * _rate(u, r, slope, still, on_u, on_z, w2, b2, FACTOR, BOUND, SILU)
-        r3 = r + h / 2 * _rate(m, r2, slope, still, on_u, on_z, w2, b2, FACTOR, BOUND, SILU)
-        r4 = r + h * _rate(m, r3, slope, still, on_u, on_z, w2, b2, FACTOR, BOUND, SILU)
+        z1, rate1 = _base(curve, rate, row, 2 * k, f, mask, size, STEPS)
+        z2, rate2 = _base(curve, rate, row, 2 * k + 1, f, mask, size, STEPS)
+        z4, rate4 = _base(curve, rate, row, 2 * k + 2, f, mask, size, STEPS)
+        z1 += r
+        z3 = z2 + r
+        z2 = z3 + h / 2 * _rate(u, z1, rate1, still, on_u, on_z, w2, b2, BOUND, SILU)
+        z3 = z3 + h / 2 * _rate(m, z2, rate2, still, on_u, on_z, w2, b2, BOUND, SILU)
+        z4 += r + h * _rate(m, z3, rate2, still, on_u, on_z, w2, b2, BOUND, SILU)
         d4, d_a, d_au, d_az, d_w2, d_b2 = _pull(
-            h / 6 * left, u + h, r4, slope, still, on_u, on_z, w2, b2,
-            d_a, d_au, d_az, d_w2, d_b2, FACTOR, BOUND, SILU,
+            h / 6 * left, u + h, z4, rate4, still, on_u, on_z, w2, b2,
+            d_a, d_au, d_az, d_w2, d_b2, BOUND, SILU,
         )  # fmt: skip
         d3, d_a, d_au, d_az, d_w2, d_b2 = _pull(
-            h / 3 * left + h * d4, m, r3, slope, still, on_u, on_z, w2, b2,
-            d_a, d_au, d_az, d_w2, d_b2, FACTOR, BOUND, SILU,
+            h / 3 * left + h * d4, m, z3, rate2, still, on_u, on_z, w2, b2,
+            d_a, d_au, d_az, d_w2, d_b2, BOUND, SILU,
         )  # fmt: skip
         d2, d_a, d_au, d_az, d_w2, d_b2 = _pull(
-            h / 3 * left + h / 2 * d3, m, r2, slope, still, on_u, on_z, w2, b2,
-            d_a, d_au, d_az, d_w2, d_b2, FACTOR, BOUND, SILU,
+            h / 3 * left + h / 2 * d3, m, z2, rate2, still, on_u, on_z, w2, b2,
+            d_a, d_au, d_az, d_w2, d_b2, BOUND, SILU,
         )  # fmt: skip
         d1, d_a, d_au, d_az, d_w2, d_b2 = _pull(
-            h / 6 * left + h / 2 * d2, u, r, slope, still, on_u, on_z, w2, b2,
-            d_a, d_au, d_az, d_w2, d_b2, FACTOR, BOUND, SILU,
+            h / 6 * left + h / 2 * d2, u, z1, rate1, still, on_u, on_z, w2, b2,
+            d_a, d_au, d_az, d_w2, d_b2, BOUND, SILU,
         )  # fmt: skip
         left += d1 + d2 + d3 + d4
     j = tl.arange(0, HIDDEN)
@@ -179,9 +186,9 @@ def residual(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
-    slope: Tensor,
+    curve: Tensor,
+    rate: Tensor,
     log_turns: Tensor,
-    factor: float,
     bound: float,
     silu: bool,
     steps: int,
@@ -191,7 +198,9 @@ def residual(
     Args:
         t: (B,) float32, at least 1; no gradient goes to it.
         w1, b1, w2, b2: (H, 3), (H,), (1, H), (1,); the network of the field, float32.
-        slope: (F,), that of `dynamic_ntk`, whose alpha is ``factor * t - (factor - 1)``.
+        curve: (B, 2 steps + 1, F) float32, log of the base's ratio at equal distances from log 1
+            to log t.
+        rate: the base's rate there, likewise.
         log_turns: (F,), log of the turns in the native window.
         bound: of the field.
         silu: whether its activation is SiLU, not tanh.
@@ -201,11 +210,12 @@ def residual(
         The residual of the log frequencies, (B, F) float32; and the state before each step,
         (B, steps, F), which only the gradient needs.
     """
-    rows, size = len(t), len(slope)
+    rows, size = len(t), len(log_turns)
     out = t.new_empty(rows, size)
     states = t.new_empty(rows, steps, size)
     network = (w1, b1, w2, b2)
-    _launch(_solve, t, network, slope, log_turns, (out, states), factor, bound, silu, steps)
+    base = (curve, rate, log_turns)
+    _launch(_solve, t, base, network, (out, states), bound, silu, steps)
     return out, states
 
 
@@ -216,14 +226,14 @@ def _(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
-    slope: Tensor,
+    curve: Tensor,
+    rate: Tensor,
     log_turns: Tensor,
-    factor: float,
     bound: float,
     silu: bool,
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    rows, size = len(t), len(slope)
+    rows, size = len(t), len(log_turns)
     return t.new_empty(rows, size), t.new_empty(rows, steps, size)
 
 
@@ -236,18 +246,19 @@ def residual_backward(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
-    slope: Tensor,
+    curve: Tensor,
+    rate: Tensor,
     log_turns: Tensor,
-    factor: float,
     bound: float,
     silu: bool,
     steps: int,
 ) -> Tensor:
     """Gradients of w1, b1, w2 and b2, flat and in this order, (5 H + 1,)."""
-    programs = len(t) * triton.cdiv(len(slope), _FREQUENCIES)
+    programs = len(t) * triton.cdiv(len(log_turns), _FREQUENCIES)
     parts = t.new_empty(programs, 5 * len(b1) + 1)
     work = (states, grad.contiguous(), parts)
-    _launch(_adjoint, t, (w1, b1, w2, b2), slope, log_turns, work, factor, bound, silu, steps)
+    base = (curve, rate, log_turns)
+    _launch(_adjoint, t, base, (w1, b1, w2, b2), work, bound, silu, steps)
     return parts.sum(0)
 
 
@@ -260,9 +271,9 @@ def _(
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
-    slope: Tensor,
+    curve: Tensor,
+    rate: Tensor,
     log_turns: Tensor,
-    factor: float,
     bound: float,
     silu: bool,
     steps: int,
@@ -271,9 +282,9 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.settings = inputs[7:]
+    ctx.settings = inputs[8:]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *inputs[:7])
+    ctx.save_for_backward(output[1], *inputs[:8])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
@@ -292,19 +303,17 @@ residual.register_autograd(_backward, setup_context=_setup)
 def _launch(
     kernel: Any,
     t: Tensor,
+    base: tuple[Tensor, Tensor, Tensor],
     network: tuple[Tensor, Tensor, Tensor, Tensor],
-    slope: Tensor,
-    log_turns: Tensor,
     work: tuple[Tensor, ...],
-    factor: float,
     bound: float,
     silu: bool,
     steps: int,
 ) -> None:
-    hidden, size = len(network[1]), len(slope)
+    hidden, size = len(network[1]), len(base[2])
     with torch.cuda.device_of(t):
         kernel[(len(t), triton.cdiv(size, _FREQUENCIES))](
-            t, slope, log_turns, *network, *work, size, hidden, 1 / math.log(32),
-            STEPS=steps, FACTOR=factor, BOUND=bound, SILU=silu,
+            t, *base, *network, *work, size, hidden, 1 / math.log(32),
+            STEPS=steps, BOUND=bound, SILU=silu,
             FREQUENCIES=_FREQUENCIES, HIDDEN=triton.next_power_of_2(hidden), num_warps=_WARPS,
         )  # fmt: skip

@@ -12,7 +12,6 @@ from ..kernels import active
 from ..rope import RopeSpec
 from ..solvers import solve
 from .base import Scaling, get_scaling, register_scaling
-from .dynamic_ntk import DynamicNtk
 
 # Hidden units of a field that the kernel holds in the registers of a warp.
 MAX_HIDDEN = 128
@@ -46,7 +45,6 @@ class Clex(Scaling):
         self.field = make_field(spec, config)
         self.has_kernel = (
             isinstance(self.field, ModulatedField)
-            and isinstance(self.base, DynamicNtk)
             and config.solver == "rk4"
             and self.field.hidden <= MAX_HIDDEN
         )
@@ -60,11 +58,16 @@ class Clex(Scaling):
         from ..kernels.dynamics import residual
 
         field: Any = self.field
-        base: Any = self.base
+        steps = self.config.steps
+        t = t.detach()
+        # RK4 looks at the base at both ends and in the middle of each step.
+        points = torch.linspace(0, 1, 2 * steps + 1, device=t.device)
+        s = (t.log()[:, None] * points).exp().flatten()
+        curve, rate = self.base.ratio(s).log(), self.base.rate(s)
+        base = (x.view(len(t), 2 * steps + 1, -1).contiguous() for x in (curve, rate))
         network = (field.inner.weight, field.inner.bias, field.outer.weight, field.outer.bias)
         silu = self.config.activation == "silu"
-        curve = (base.slope, field.log_turns, base.options.factor, field.bound)
-        solved: Tensor = residual(t.detach(), *network, *curve, silu, self.config.steps)[0]
+        solved: Tensor = residual(t, *network, *base, field.log_turns, field.bound, silu, steps)[0]
         return solved
 
     def _solve(self, t: Tensor) -> Tensor:
