@@ -21,7 +21,7 @@ IDS = tiny.make_ids(2, 40)
 @pytest.fixture
 def angles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: fused attention is given positions and frequencies."""
-    monkeypatch.setattr("clex.hf.rotary.active", lambda tensor: True)
+    monkeypatch.setattr("clex.hf.rotary._worth_it", lambda *_: True)
 
 
 def extended(**changes: Any) -> Any:
@@ -57,7 +57,7 @@ def test_factor_of_the_hosts_own_rotary_is_kept(monkeypatch: pytest.MonkeyPatch)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 1.3}
     model = extended(rope_parameters={**yarn, "original_max_position_embeddings": 16})
     host = logits(model)
-    monkeypatch.setattr("clex.hf.rotary.active", lambda tensor: True)
+    monkeypatch.setattr("clex.hf.rotary._worth_it", lambda *_: True)
     assert torch.equal(logits(model), host)
 
 
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
     model = extended().train()
     found = []
     for fused in (False, True):
-        monkeypatch.setattr("clex.hf.rotary.active", lambda tensor, fused=fused: fused)
+        monkeypatch.setattr("clex.hf.rotary._worth_it", lambda *_, fused=fused: fused)
         model.zero_grad()
         logits(model, torch.tensor([3.0, 1.5])).log_softmax(-1)[..., 3].sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
@@ -79,7 +79,7 @@ def test_sampled_positions_reach_the_operator(monkeypatch: pytest.MonkeyPatch) -
     positions = torch.arange(40).float() * 2.5
     with clex.at_scale(model, 3.0, positions.expand(2, -1)):
         host = model(IDS, use_cache=False).logits
-        monkeypatch.setattr("clex.hf.rotary.active", lambda tensor: True)
+        monkeypatch.setattr("clex.hf.rotary._worth_it", lambda *_: True)
         assert torch.equal(model(IDS, use_cache=False).logits, host)
     assert not torch.equal(logits(model), host)
 
