@@ -128,7 +128,9 @@ class TokenLoss:
 
     def _finish(self, logits: Tensor) -> Tensor:
         """What the model does to the logits of its head."""
-        logits = logits.float() * self.factor
+        logits = logits.float()
+        if self.factor != 1:  # multiplying by 1 would cost a copy of all logits
+            logits = logits * self.factor
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
