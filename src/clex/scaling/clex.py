@@ -59,7 +59,7 @@ class Clex(Scaling):
 
         field: Any = self.field
         steps = self.config.steps
-        t = t.detach()
+        t = t.detach().contiguous()
         # RK4 looks at the base at both ends and in the middle of each step.
         points = torch.linspace(0, 1, 2 * steps + 1, device=t.device)
         s = (t.log()[:, None] * points).exp().flatten()
