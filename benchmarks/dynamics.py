@@ -4,8 +4,8 @@
 
 Head size 128, a batch of 8 scales up to t = 16. One time is that of frequencies at all scales and
 of the gradient of every parameter. The released recipe is the field of the released CLEX under
-torchdiffeq's rk4 at steps of 0.01 in t, one scale after another, as that code solves it; here at
-the largest scale alone, times nothing, so that it is compared at its best.
+torchdiffeq's rk4 at steps of 0.01 in t. That code solves one scale after another; only one, the
+largest, is timed.
 """
 
 from __future__ import annotations
