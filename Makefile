@@ -42,9 +42,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# The site, in site/; dead links and names that are not in the code are errors.
+# The site, in site/; dead links and names that are not in the code are errors (with --quiet they are
+# not: mkdocs counts only the warnings that it prints).
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 package: dist/.built
 	$(BIN)/python scripts/check_package.py dist

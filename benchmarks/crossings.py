@@ -27,10 +27,8 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +37,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from benchmarks.report import write_result
+from benchmarks.timing import Stopwatch, time_calls
 from clex.config import ClexConfig
 from clex.data import load_tokens, long_enough
 from clex.errors import ConfigError
-from clex.files import new_file, write_json
 from clex.hf.cache import KeyLayout, key_layouts, move_cache
 from clex.hf.checkpoint import base_name, is_checkpoint, load
 from clex.hf.extend import at_scale, config_of, extend, scale_for
 from clex.hf.models import load_base, load_tokenizer
 from clex.hf.session import ON_GROWTH, Session, prefill
 from clex.run import choose_device
-from clex.run_folder import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -83,42 +81,6 @@ class Crossing:
     seconds: float
     copies: float | None = None
     peak_bytes: int = 0
-
-
-class Stopwatch:
-    """Seconds and peak memory of a block, to the end of its work on the device."""
-
-    seconds = 0.0
-    peak_bytes = 0
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Time the block; the device is waited for at both ends."""
-        on_gpu, before = self.device.type == "cuda", 0
-        if on_gpu:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-        started = time.perf_counter()
-        yield
-        if on_gpu:
-            torch.cuda.synchronize(self.device)
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - before
-        self.seconds += time.perf_counter() - started
-
-
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median time of a call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        watch = Stopwatch(device)
-        with watch.running():
-            call()
-        times.append(watch.seconds)
-    return statistics.median(times[1:])
 
 
 @torch.no_grad()
@@ -231,9 +193,12 @@ def copy_seconds(cache: Any, layouts: Sequence[KeyLayout | None], device: torch.
             tensor = getattr(layer, layout.where)
             parts.append(tensor[..., : layout.rotary_dim].contiguous())
     targets = [torch.empty_like(part) for part in parts]
-    return seconds_of(
-        lambda: [target.copy_(part) for target, part in zip(targets, parts, strict=True)], device
-    )
+
+    def copy_all(_: int) -> None:
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part)
+
+    return time_calls({"copy": copy_all}, device, repeats=5)["copy"].median / 1e3
 
 
 def load_extended(args: argparse.Namespace) -> tuple[Any, str, str]:
@@ -256,24 +221,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 elsewhere")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", required=True, type=Path)
-
-
-def write_result(
-    out: Path, name: str, settings: dict[str, Any], rows: list[Any], table: str
-) -> str:
-    """``DATE-DEVICE-MODEL-NAME`` .json and .md in `out`; returns that stem."""
-    about = versions()
-    device = "cpu" if settings["device"] == "cpu" else about["device"].split()[1].lower()
-    model = Path(settings["model"]).name
-    stem = f"{datetime.now(UTC):%Y-%m-%d}-{device}-{model}-{name}"
-    write_json(
-        out / f"{stem}.json",
-        {"settings": settings, "versions": about, "rows": [asdict(row) for row in rows]},
-    )
-    facts = ", ".join(f"{k} {v}" for k, v in {**settings, **about}.items())
-    with new_file(out / f"{stem}.md") as temporary:
-        temporary.write_text(f"# {model}: {name}\n\n{facts}\n\n{table}", encoding="utf-8")
-    return stem
 
 
 def crossing_table(rows: Sequence[Crossing]) -> str:

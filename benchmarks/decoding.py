@@ -3,13 +3,15 @@
     python -m benchmarks.decoding smollm2 --contexts 2048,16384,65536 --out DIR
     python -m benchmarks.decoding smollm2 --contexts 2048,16384,65536 --cache static --compile \\
         --out DIR
+    python -m benchmarks.decoding Llama-3.2-1B --contexts 65536 --cache static --graph --out DIR
 
-Both models have the same weights, the same kind of cache and the same random tokens. For each
-context the cache is filled once; then `--tokens` single tokens are decoded again and again, the two
-models in turn, so that a change in the state of the machine meets both. The plain model is measured
-beyond its window as well: what it says there is of no use, but takes as long. The extended one
-decodes at the scale of context + tokens, held as `generate` does. Only forward passes are timed,
-not sampling.
+MODEL may also be a shape of `benchmarks.models`, with random weights. Both models have the same
+weights, the same kind of cache and the same random tokens. For each context the cache is filled
+once; then `--tokens` single tokens are decoded again and again, the two models in turn, so that a
+change in the state of the machine meets both. ``--graph`` records one step as a CUDA graph and
+replays it, for both. The plain model is measured beyond its window as well: what it says there is
+of no use, but takes as long. The extended one decodes at the scale of context + tokens, held as
+`generate` does. Only forward passes are timed, not sampling.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.crossings import Stopwatch, add_model_arguments, load_extended, write_result
+from benchmarks.crossings import add_model_arguments, load_extended
+from benchmarks.models import SHAPES, pair
+from benchmarks.report import write_result
+from benchmarks.timing import Stopwatch, graphed
 from clex.hf.extend import at_scale, config_of, restore, scale_for
 from clex.hf.session import prefill
+from clex.run import choose_device
 
 MODELS = ("plain", "extended")
 
@@ -78,6 +84,28 @@ class Decoder:
         self.held.__enter__()
         prefill(model, ids, self.cache, chunk=chunk)
         self.peak_bytes = 0
+        self.step = self._step
+
+    def _step(self, position: Tensor) -> None:
+        self.forward(
+            input_ids=self.token,
+            position_ids=position[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Replace the step by a CUDA graph of itself."""
+        position = torch.full((1,), self.context, device=self.device)
+        replay = graphed(lambda _: self._step(position))
+        self._forget()
+
+        def step(wanted: Tensor) -> None:
+            position.copy_(wanted)
+            replay(0)
+
+        self.step = step
 
     @torch.no_grad()
     def run(self) -> float:
@@ -86,12 +114,7 @@ class Decoder:
         positions = torch.arange(self.context, self.context + self.tokens, device=self.device)
         with watch.running():
             for position in positions.split(1):
-                self.forward(
-                    input_ids=self.token,
-                    position_ids=position[None],
-                    past_key_values=self.cache,
-                    use_cache=True,
-                )
+                self.step(position)
         self.peak_bytes = max(self.peak_bytes, watch.peak_bytes)
         self._forget()
         return self.tokens / watch.seconds
@@ -119,6 +142,8 @@ def measure(
         decoders[name] = Decoder(
             model, forward, held, ids, args.tokens, args.cache == "static", args.chunk
         )
+        if args.graph:
+            decoders[name].record()
     speeds: dict[str, list[float]] = {name: [] for name in MODELS}
     for repetition in range(args.repeats + args.warmup):
         # The one that goes first changes, so that being second is no advantage.
@@ -170,13 +195,18 @@ def main(arguments: Sequence[str] | None = None) -> list[Decoding]:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step")
+    parser.add_argument("--graph", action="store_true", help="CUDA graph of a step; static cache")
     parser.add_argument("--compile-mode", default=None, help="reduce-overhead: CUDA graphs")
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--chunk", type=int, default=2048)
     args = parser.parse_args(arguments)
     console, started = Console(stderr=True, width=120), time.perf_counter()
-    extended, _, kind = load_extended(args)
-    plain = restore(copy.deepcopy(extended))
+    if args.model in SHAPES:
+        kind = "random weights"
+        plain, extended = pair(args.model, choose_device(args.device).type, args.max_scale)
+    else:
+        extended, _, kind = load_extended(args)
+        plain = restore(copy.deepcopy(extended))
     device = next(extended.parameters()).device
     generator = torch.Generator().manual_seed(0)
     vocabulary = extended.config.get_text_config().vocab_size
@@ -189,9 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Decoding]:
         "tokens": args.tokens,
         "repeats": args.repeats,
         "cache": args.cache,
+        "graph": args.graph,
         "compiled": f"{args.backend}, {args.compile_mode or 'default'}" if args.compile else "no",
     }
-    name = f"decoding-{args.cache}{'-compiled' if args.compile else ''}"
+    form = "-compiled" * args.compile + "-graph" * args.graph
+    name = f"decoding-{args.cache}{form}"
     for context in args.contexts:
         ids = torch.randint(vocabulary, (1, context), generator=generator).to(device)
         scale = scale_for(extended, context + args.tokens)

@@ -35,6 +35,7 @@ from clex.export.record import RECORD_FILE
 from clex.files import TEMPORARY, read_json, write_json
 from clex.hf.checkpoint import CONFIG_FILE, is_checkpoint, weight_digests
 from clex.hf.models import assets_folder, load_tokenizer
+from clex.run_folder import claimed
 
 # One command at a time may take this long; it takes seconds.
 _TIMEOUT = 600
@@ -118,8 +119,9 @@ def _whole(finished: Callable[[Path], dict[str, Any]], *parts: str) -> Callable[
 
 
 def _tokenise(out: Path, inputs: Path) -> None:
-    tokens = load_tokens(inputs / "many.jsonl", load_tokenizer("tiny-llama"))
-    write_json(out / "tokens.json", [row["input_ids"] for row in tokens])
+    with claimed(out, {}, False):
+        tokens = load_tokens(inputs / "many.jsonl", load_tokenizer("tiny-llama"))
+        write_json(out / "tokens.json", [row["input_ids"] for row in tokens])
 
 
 def _tokenise_finished(out: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import tempfile
@@ -23,9 +24,10 @@ import transformers
 from rich.console import Console
 
 import clex
+from clex.config import PRESETS
 from clex.errors import TrainingError
 from clex.files import write_json
-from clex.training import TrainConfig, train
+from clex.training import DEPTHS, TrainConfig, train
 
 _NATIVE = 64
 _MAX_SCALE = 8.0
@@ -92,12 +94,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--depth", action="append", choices=list(DEPTHS))
     given = parser.parse_args()
     records = []
-    for depth, preset in (
-        *(("dynamics", "default"), ("full", "default"), ("lora", "default")),
-        *(("dynamics", "paper"), ("full", "paper")),
-    ):
+    for depth, preset in itertools.product(given.depth or DEPTHS, PRESETS):
         with tempfile.TemporaryDirectory() as place:
             records.append(stress(depth, preset, given.steps, given.seed, Path(place)))
         print(json.dumps(records[-1]), flush=True)

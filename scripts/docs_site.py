@@ -21,14 +21,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from error_messages import messages  # noqa: E402
 
-# File of the repository to page of the site, for those outside of docs/.
-PAGES = {
+# Files of the repository outside of docs/ that are pages as they are.
+COPIED = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "benchmarks/results": "results/index.md",
-    "examples": "examples.md",
 }
+# Folders that have a page, which is made here.
+FOLDERS = {"benchmarks/results": "results/index.md", "examples": "examples.md"}
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLES = ("extend", "train", "evaluate", "export", "add_a_method", "length_router")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
@@ -40,30 +40,27 @@ def on_files(files: Files, config: Any) -> Files:
         path = ROOT / source
         content = path.read_text("utf-8") if path.suffix == ".md" else path.read_bytes()
         files.append(File.generated(config, page, content=content))
-    for page, text in (
-        ("results/index.md", _results()),
-        ("examples.md", _examples()),
-        ("messages.md", _messages()),
-        ("cli.md", _command_line()),
-    ):
-        files.append(File.generated(config, page, content=text))
+    for page, make in MADE.items():
+        files.append(File.generated(config, page, content=make()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Turn the repository's links into those of the site."""
-    sources = {site: source for source, site in (PAGES | _copied()).items()}
-    here = sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    pages = {source: site for site, source in sources.items()}
+    uri = page.file.src_uri
+    if uri in MADE:
+        return markdown
+    copied = _copied()
+    here = {site: source for source, site in copied.items()}.get(uri, f"docs/{uri}")
 
     def rewritten(match: re.Match[str]) -> str:
         image, label, target, anchor = match.groups()
         source = os.path.normpath(os.path.join(os.path.dirname(here), target))
-        site = pages.get(source)
+        site = (FOLDERS | copied).get(source)
         if site is None and source.startswith("docs/"):
             site = source.removeprefix("docs/")
         if site is not None:
-            away = os.path.relpath(site, os.path.dirname(page.file.src_uri) or ".")
+            away = os.path.relpath(site, os.path.dirname(uri) or ".")
             return f"{image}[{label}]({away}{anchor or ''})"
         # A file of the repository without a page; one that is not there stays a dead link.
         return label if (ROOT / source).exists() else match.group(0)
@@ -72,10 +69,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def _copied() -> dict[str, str]:
-    """Files that become pages or pictures as they are."""
+    """Files that become pages or pictures as they are, and where they are on the site."""
     results = [path for kind in ("*.md", "*.png") for path in RESULTS.glob(kind)]
-    copied = {source: page for source, page in PAGES.items() if (ROOT / source).is_file()}
-    return copied | {f"benchmarks/results/{p.name}": f"results/{p.name}" for p in sorted(results)}
+    return COPIED | {f"benchmarks/results/{p.name}": f"results/{p.name}" for p in sorted(results)}
 
 
 def _results() -> str:
@@ -87,11 +83,11 @@ def _results() -> str:
     ]
     for path in sorted(RESULTS.glob("*.md"), reverse=True):
         title = path.read_text("utf-8").splitlines()[0].lstrip("# ")
-        lines.append(f"- [{title}](results/{path.name})")
+        lines.append(f"- [{title}]({path.name})")
     lines += ["", "Raw numbers are in `benchmarks/results` of the repository:", ""]
     raw = sorted(p.name for p in RESULTS.iterdir() if p.suffix in (".json", ".csv"))
     lines += [f"- `{name}`" for name in raw]
-    return "\n".join(lines).replace("](results/", "](")
+    return "\n".join(lines)
 
 
 def _examples() -> str:
@@ -147,7 +143,7 @@ def _commands(command: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def _hidden(parameter: Any) -> bool:
-    return getattr(parameter, "hidden", False) or parameter.name in ("help",)
+    return getattr(parameter, "hidden", False) or parameter.name == "help"
 
 
 def _row(parameter: Any) -> str:
@@ -162,3 +158,11 @@ def _row(parameter: Any) -> str:
 
 def _plain(value: Any) -> str:
     return str(getattr(value, "value", value))
+
+
+MADE = {
+    "results/index.md": _results,
+    "examples.md": _examples,
+    "messages.md": _messages,
+    "cli.md": _command_line,
+}

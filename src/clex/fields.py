@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Field(nn.Module):
-    """Rate of the residual. Parameters are float32 always, see `Scaling._apply`."""
+    """Rate of the residual. Parameters are float32 always, see `Scaling._apply`.
+
+    Class attributes:
+        start: the clock at t = 1, where the residual is 0.
+    """
+
+    start: ClassVar[float]
 
     def __init__(self, spec: RopeSpec, config: ClexConfig) -> None:
         super().__init__()
@@ -55,6 +62,7 @@ class ModulatedField(Field):
     what the base leaves alone stays alone, and each rate stays within exp(+-B) of the base's.
     """
 
+    start = 0.0
     log_turns: Tensor
 
     def __init__(self, spec: RopeSpec, config: ClexConfig) -> None:
@@ -90,6 +98,7 @@ class ReleasedField(Field):
     "up" and "down" projections. The network's drift is not in here but in the base curve, exactly.
     """
 
+    start = 1.0
     log_inv_freq: Tensor
     rotates: Tensor
     ntk_log: Tensor

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ def only_writer(path: Path, lock: Path, *, wait: bool = False) -> Iterator[None]
         except OSError:
             break  # a file system without locks
         # One that was just finished took its lock file away: what we hold may be that.
-        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                break
         file.close()
     with file:
         try:

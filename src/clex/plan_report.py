@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .errors import ConfigError
-from .hf.models import resolve
+from .hf.models import load_host_config
 from .planning import GB, Estimate, Sizes, best, estimate, layouts
 from .shapes import SHAPES, shape
 
@@ -42,14 +41,7 @@ def plan_for(
 def _config(model: str) -> PreTrainedConfig:
     if model in SHAPES:
         return shape(model)
-    file = Path(model)
-    name = str(file) if file.is_file() else resolve(model)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot read the config of {model!r}: {line}") from error
-    return config
+    return load_host_config(model)
 
 
 def plan_table(estimates: list[Estimate], title: str) -> Table:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, unknown
+from .kernels import has_kernels
 
 MAX_CHUNKS = 16
 
@@ -81,6 +82,10 @@ def chunks(n: int, span: Tensor, seeds: Tensor, native_length: int, longest: int
     sorted, at most span - n. Nearly all local distances stay exact, which a random subset of a long
     span never shows.
     """
+    if has_kernels(span):
+        from .kernels.positions_triton import chunks as kernel
+
+        return kernel(n, span, seeds, MAX_CHUNKS)
     rows = len(span)
     many = (2 + uniform(seeds, 1, stream=1) * (MAX_CHUNKS - 1)).long()  # (B, 1)
     unused = torch.arange(1, MAX_CHUNKS, device=span.device) >= many  # (B, MAX_CHUNKS - 1)
@@ -180,7 +185,8 @@ def sample_positions(
     plain = contiguous(n, span, seeds, native_length, longest)
     keep = (t <= 1) if n <= native_length else torch.zeros_like(t, dtype=torch.bool)
     positions, passed = plain, 0.0
-    coin = uniform(seeds, 1, stream=4)[:, 0]
+    # One sampler needs no coin.
+    coin = uniform(seeds, 1, stream=4)[:, 0] if len(shares) > 1 else torch.zeros_like(span)
     for sampler, share in shares.items():
         # "random" and "uniform" can place tokens between whole positions.
         room = span if sampler in ("random", "uniform") else span.clamp(min=float(n))

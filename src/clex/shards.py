@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,7 @@ _BATCH = 64
 
 def is_shards(folder: str | Path) -> bool:
     """Whether `folder` holds a corpus that `write_shards` made, finished or not."""
-    return (Path(folder) / SHARDS_FILE).is_file()
+    return os.path.isfile(Path(folder) / SHARDS_FILE)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

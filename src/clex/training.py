@@ -181,12 +181,6 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
-        windows = self.steps * self.batch_size * self.accumulation
-        if windows > _MOST_WINDOWS:
-            raise ConfigError(
-                f"steps * batch_size * accumulation = {windows:,} windows are out of range (valid:"
-                f" up to {_MOST_WINDOWS:,})"
-            )
         if self.global_batch is not None:
             at_once = self.batch_size * processes.readers()
             if self.accumulation not in (1, self.global_batch // at_once):
@@ -197,6 +191,12 @@ class TrainConfig:
                     f" (batch_size {self.batch_size} in {processes.readers()} processes)"
                 )
             object.__setattr__(self, "accumulation", self.global_batch // at_once)
+        windows = self.steps * self.windows_per_step
+        if windows > _MOST_WINDOWS:
+            raise ConfigError(
+                f"{self.steps:,} steps of {self.windows_per_step:,} windows are out of range"
+                f" (valid: up to {_MOST_WINDOWS:,} windows in all)"
+            )
         if self.train_length is not None and not 8 <= self.train_length <= 2**27:
             raise ConfigError(f"train_length = {self.train_length} is out of range (at least 8)")
 

@@ -82,6 +82,9 @@ PROMISED = [
     "qwen2_vl_text",
 ]
 
+# On a GPU these rotate in one kernel; a release that breaks the seam must not do it in silence.
+FUSED = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "glm", "gpt_neox"]
+
 # Cached decoding and single rows do the same sums in another order; logits here are of size 1.
 ROUNDING = 1e-4
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -154,6 +157,19 @@ def test_rows_have_their_own_scale(specimen: Specimen) -> None:
         assert off <= ROUNDING, f"row {row} at t = {t} is off by {off} in a batch"
     with clex.at_scale(model, 1.0):
         assert shift(together[1], run(model)[1]) > 100 * ROUNDING * specimen.plain.std()
+
+
+def test_fused_attention_has_the_bits_of_the_host(
+    specimen: Specimen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator is plain PyTorch here; tests/kernels say that its kernel does the same."""
+    if require_extension(specimen.model).interleaved is None:
+        assert specimen.name not in FUSED
+        pytest.skip("this family keeps cos and sin")
+    with clex.at_scale(specimen.model, [4.0, 2.7]):
+        host = run(specimen.model)
+        monkeypatch.setattr("clex.hf.rotary.active", lambda tensor: True)
+        assert torch.equal(run(specimen.model), host)
 
 
 def test_saved_and_loaded(specimen: Specimen, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Depth, app, show
+from .app import Depth, TrustRemoteCode, app, show
 
 
 @app.command()
@@ -28,6 +28,7 @@ def plan(
     ] = None,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Memory and time of a training on H100 GPUs before it is started, and how to cut it up."""
     from ..plan_report import advice, plan_for, plan_table

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Field, app
+from .app import Field, TrustRemoteCode, app
 
 
 @app.command()
@@ -22,6 +22,7 @@ def tokenize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete what is in --out and start anew.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Tokenise a large corpus once, into memory-mapped files.
 

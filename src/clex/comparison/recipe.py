@@ -9,6 +9,7 @@ they scale frequencies and place positions; all that decides how much a method i
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 import types
@@ -402,7 +403,7 @@ def _check_links(methods: list[Method], budget: Mapping[str, Any]) -> None:
 
 def _beside(name: str, folder: Path) -> str:
     """`name` as a path beside the recipe, where there is such a thing."""
-    return str(folder / name) if name not in BUNDLED and (folder / name).exists() else name
+    return str(folder / name) if name not in BUNDLED and os.path.exists(folder / name) else name
 
 
 def _text(name: str, part: int, folder: Path) -> str:

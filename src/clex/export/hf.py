@@ -125,6 +125,8 @@ def write_hf(
     if form == "portable":
         blocks = scale_queries(model, family, fixed)
         done = f"{family.module} of {blocks} layers times {fixed.temperature:.6g}"
+    if classes is not None:
+        done = "untouched; the temperature of each scale is in its cos and sin"
     target: Any = model
     target.save_pretrained(folder)
     if tokenizer is not None:

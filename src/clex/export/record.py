@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class ExportRecord:
 
 def is_export(folder: str | Path) -> bool:
     """Whether `folder` holds an export that was finished."""
-    return (Path(folder) / RECORD_FILE).is_file()
+    return os.path.isfile(Path(folder) / RECORD_FILE)
 
 
 def read_record(folder: str | Path) -> ExportRecord:

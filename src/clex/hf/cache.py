@@ -10,7 +10,6 @@ cache is an approximation.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..kernels.cache_move import turn_keys
 from .cache_scale import mark_cache, require_scale
 from .extend import at_scale, config_of, require_extension
 from .rotary import ScaledRope
@@ -55,14 +55,6 @@ class KeyLayout:
     def rotated(self, tensor: Tensor) -> Tensor:
         """View of the rotated entries, (..., rotary_dim)."""
         return tensor[..., self.start : self.start + self.rotary_dim]
-
-    def pairs(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of both coordinates of each rotated pair, (..., rotary_dim / 2) each."""
-        rotated = self.rotated(tensor)
-        if self.interleaved:
-            return rotated[..., 0::2], rotated[..., 1::2]
-        half = self.rotary_dim // 2
-        return rotated[..., :half], rotated[..., half:]
 
 
 @torch.no_grad()
@@ -195,18 +187,16 @@ def _candidates(frequencies: str, where: Any, size: int, rotary_dim: int) -> lis
 
 def _misfit(layout: KeyLayout, inv_freq: Tensor, before: Tensor, after: Tensor) -> float:
     """Relative error of `after` as `before` turned from position 0 to the probe's."""
-    angle = _PROBE_POSITION * inv_freq.double().to(before.device)
     expected = before.clone()
-    _turn(layout, expected, angle.cos().float(), angle.sin().float())
+    turn_keys(
+        [layout.rotated(expected)],
+        torch.full((1, 1), _PROBE_POSITION, dtype=torch.float64),
+        inv_freq.double()[None],
+        torch.ones(1),
+        layout.interleaved,
+        1,
+    )
     return ((expected - after).norm() / before.norm()).item()
-
-
-def _turn(layout: KeyLayout, tensor: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate in place; the tables are float32, so that the sums are as well."""
-    first, second = layout.pairs(tensor)
-    turned = first * cos - second * sin, second * cos + first * sin
-    first.copy_(turned[0])
-    second.copy_(turned[1])
 
 
 def move_cache(
@@ -232,7 +222,7 @@ def move_cache(
         attention_mask: (B, tokens seen) or longer, 0 for padding; needed for padded rows only.
             Position is the number of real tokens before, as in `generate`.
         layouts: from `key_layouts(model)`, to save its three forward passes of one token.
-        block: slots that are turned at a time; bounds the working memory.
+        block: slots that are turned at a time on a CPU; bounds the working memory.
 
     Raises:
         UnsupportedModelError: the cache is quantised or indexed, or no layout explains the keys.
@@ -261,8 +251,8 @@ def _move(
     block: int,
 ) -> None:
     solved = rope.solve(old), rope.solve(new)
-    # Layers that share frequencies and slots share their tables of angles.
-    groups: dict[tuple[str, bool, int, int], list[tuple[KeyLayout, Tensor]]] = defaultdict(list)
+    # Layers that share frequencies and slots share their angles.
+    groups: dict[tuple[str, bool, bool, int, int], list[Tensor]] = defaultdict(list)
     for layer, layout in zip(cache.layers, layouts, strict=False):
         if layout is None or not getattr(layer, "is_initialized", False):
             continue
@@ -270,19 +260,14 @@ def _move(
         tensor = getattr(layer, layout.where)
         seen = int(layer.get_seq_length())
         kept = min(seen, tensor.shape[-2])
-        groups[layout.frequencies, layout.scaled, seen, kept].append((layout, tensor))
-    for (frequencies, scaled, seen, kept), members in groups.items():
+        kind = layout.frequencies, layout.scaled, layout.interleaved
+        groups[*kind, seen, kept].append(layout.rotated(tensor)[:, :, :kept])
+    for (frequencies, scaled, interleaved, seen, kept), keys in groups.items():
         (f_old, a_old), (f_new, a_new) = (end[frequencies] for end in solved)
         delta = f_new.double() - f_old.double()
-        ratio = (a_new / a_old)[:, None, None] if scaled else 1.0
+        ratio = a_new / a_old if scaled else torch.ones_like(a_new)
         positions = _positions(attention_mask, seen, delta.device)[:, seen - kept :]
-        for begin in range(0, kept, block):
-            here = positions[:, begin : begin + block]
-            angle = torch.remainder(here[:, :, None] * delta[:, None, :], 2 * math.pi).float()
-            cos, sin = ((table * ratio)[:, None] for table in (angle.cos(), angle.sin()))
-            for layout, tensor in members:
-                slots = tensor[:, :, begin : min(begin + block, kept)]
-                _turn(layout, slots, cos.to(tensor.device), sin.to(tensor.device))
+        turn_keys(keys, positions, delta, ratio, interleaved, block)
 
 
 def _scales(t: float | Sequence[float] | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -121,7 +122,7 @@ def weight_digests(folder: Path) -> dict[str, str]:
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether `folder` holds an extension that `save` finished."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+    return os.path.isfile(Path(folder) / CONFIG_FILE)  # False for any text that is no path
 
 
 def load(
@@ -160,8 +161,12 @@ def load(
         model = load_base(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _load_extension(folder, about, model)
     if weights == "adapter":
-        require_whole(folder, about)
-        model = load_adapter(model, folder)
+        try:
+            require_whole(folder, about)
+            model = load_adapter(model, folder)
+        except CheckpointError:
+            restore(model)
+            raise
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from ..scaling import Scaling, get_scaling
 from .alibi import add_alibi, remove_alibi
 from .discovery import find_rotary, freq_name, rope_specs
 from .forward_pass import add_hooks, remove_hooks
+from .fused import unfuse
 from .generation import add_generation, remove_generation
 from .rotary import ALL_LAYERS, ScaledRope, holding
 
@@ -54,6 +55,7 @@ def extend(model: ModelT, config: ClexConfig | None = None) -> ModelT:
     if not scaling_type.rotates:
         rope.plain_attention = add_alibi(model)
     setattr(parent, name, rope)
+    rope.fuse(parent)
     add_hooks(parent, name)
     add_generation(model)
     return model
@@ -68,6 +70,7 @@ def restore(model: ModelT) -> ModelT:
                 if child.plain_attention is not None:
                     remove_alibi(model, child.plain_attention)
     for module in list(model.modules()):
+        unfuse(module)
         remove_hooks(module)
         remove_generation(module)
     return model

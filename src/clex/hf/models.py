@@ -95,11 +95,12 @@ def resolve(name: str | Path) -> str:
     text = str(name)
     if text in BUNDLED:
         return str(BUNDLED[text](text))
-    if Path(text).is_dir():
+    # Of os.path, since those of Path raise where a name is too long to be one.
+    if os.path.isdir(text):
         if not (Path(text) / "config.json").is_file():
             raise ConfigError(f"{text} is a folder without a config.json, not a model")
         return text
-    if text.count("/") != 1 or text.startswith(("/", ".", "~")) or Path(text).exists():
+    if text.count("/") != 1 or text.startswith(("/", ".", "~")) or os.path.exists(text):
         raise ConfigError(unknown("model", text, BUNDLED) + ", or a folder, or a hub id owner/name")
     return text
 
@@ -161,10 +162,11 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool | None = None) -
 def load_host_config(
     name: str | Path, *, trust_remote_code: bool | None = None
 ) -> PreTrainedConfig:
-    """The config of a plain model, see `load_base`."""
+    """The config of a plain model, see `load_base`; `name` may be the path of a config.json too."""
     with _loading("the config of", name):
+        source = str(name) if os.path.isfile(name) else resolve(name)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            resolve(name), trust_remote_code=_trusted(trust_remote_code)
+            source, trust_remote_code=_trusted(trust_remote_code)
         )
     return config
 

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from ..config import ClexConfig
 from ..errors import ConfigError
+from ..kernels import active
 from ..scaling import Scaling
+from .fused import Angles, fuse
 
 # Key of the only frequency vector of a model that has no layer types.
 ALL_LAYERS = "all"
+
+# Tokens of a batch from which on eager passes use the fused rotation.
+FUSED_FROM = 2048
 
 
 @dataclass
@@ -66,6 +71,8 @@ class ScaledRope(nn.Module):
     Two threads may use one model: what a thread holds for itself is seen by no other.
 
     Attributes:
+        interleaved: whether the pairs of the attention that `fuse` found are neighbours; ``None``:
+            it was not fused, and always takes cos and sin.
         plain_attention: name of the attention that `restore` puts back, where the method brought
             its own (ALiBi).
     """
@@ -75,6 +82,7 @@ class ScaledRope(nn.Module):
         self.stock = stock
         self.scalings = nn.ModuleDict(scalings)
         self.plain_attention: str | None = None
+        self.interleaved: bool | None = None
         self._own = threading.local()
         self._for_all: list[Hold] = []
         self._warned = False
@@ -97,9 +105,9 @@ class ScaledRope(nn.Module):
     def held(self) -> Hold | None:
         """What is in force in this thread: its own, or else the last that was held for all."""
         own: Hold | None = getattr(self._own, "hold", None)
-        if own is not None or not self._for_all:
-            return own
-        return self._for_all[-1]
+        # One slice: another thread may leave its block between two looks at the list.
+        last = self._for_all[-1:]
+        return last[0] if own is None and last else own
 
     @property
     def scale(self) -> Tensor | None:
@@ -122,7 +130,10 @@ class ScaledRope(nn.Module):
         self._own.forward_pass = current
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """What the host's rotary returns: cos and sin (or a complex table), in the dtype of `x`."""
+        """What the host's rotary returns: cos and sin (or a complex table), in the dtype of `x`.
+
+        On a GPU fused attention gets (positions, `Angles`) instead.
+        """
         key = ALL_LAYERS if layer_type is None else layer_type
         if key not in self.scalings:
             extra = () if layer_type is None else (layer_type,)
@@ -138,6 +149,9 @@ class ScaledRope(nn.Module):
         if positions is not None:
             table = positions.to(x.device).expand(position_ids.shape[-2], -1)
             position_ids = table.gather(1, position_ids)
+        if self.interleaved is not None and position_ids.dim() == 2 and _worth_it(x, position_ids):
+            factor = self._with_stock(factor, layer_type)
+            return position_ids, Angles(inv_freq, factor, self.interleaved, x.dtype)
         return self._call(x, position_ids, inv_freq, factor, layer_type)
 
     def _frequencies(
@@ -275,7 +289,7 @@ class ScaledRope(nn.Module):
         layer_type: str | None,
     ) -> Any:
         prefix = "" if layer_type is None else f"{layer_type}_"
-        factor = factor * getattr(self.stock, f"{prefix}attention_scaling")
+        factor = self._with_stock(factor, layer_type)
         view = _View(
             self.stock,
             {
@@ -288,6 +302,25 @@ class ScaledRope(nn.Module):
         extra = () if layer_type is None else (layer_type,)
         raw_forward = inspect.unwrap(type(self.stock).forward)
         return raw_forward(view, x, position_ids, *extra)
+
+    def _with_stock(self, factor: Tensor, layer_type: str | None) -> Tensor:
+        """`factor` times that of the host's own rotary, which is 1 in nearly all."""
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        own = getattr(self.stock, f"{prefix}attention_scaling")
+        return factor if own == 1 else factor * own
+
+    def fuse(self, decoder: nn.Module) -> None:
+        """Let the attention of `decoder` rotate in one kernel where the model is on a GPU."""
+        key, scaling = next(iter(self.scalings.items()))
+        layer_type = None if key == ALL_LAYERS else key
+        native: Any = scaling.inv_freq_native
+
+        def tables(x: Tensor, position_ids: Tensor, inv_freq: Tensor, factor: Tensor) -> Any:
+            pair = self._call(x, position_ids, inv_freq, factor, layer_type)
+            return pair, self._with_stock(factor, layer_type)
+
+        with torch.no_grad():
+            self.interleaved = fuse(decoder, self, tables, native)
 
     def _try_rows(self) -> bool:
         """Whether the host's code takes one frequency vector a row, as recent releases do."""
@@ -313,6 +346,20 @@ class ScaledRope(nn.Module):
             a.shape == b.shape and torch.allclose(a, b)
             for a, b in zip(one_by_one, together, strict=True)
         )
+
+
+def _worth_it(x: Tensor, position_ids: Tensor) -> bool:
+    """Whether the fused rotation is the faster one; both give the same bits."""
+    if not active(x):
+        return False
+    # Few tokens do not fill the GPU: a step of decoding takes as long as the host needs to launch
+    # it, and an operator of ours takes the host longer than the launches that it saves. In a graph,
+    # compiled or captured, launches are free.
+    return (
+        position_ids.numel() >= FUSED_FROM
+        or torch.compiler.is_compiling()
+        or torch.cuda.is_current_stream_capturing()
+    )
 
 
 def spread(per_row: Tensor, rows: int) -> Tensor:

@@ -33,7 +33,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 
-# By name, so that a process without vLLM can tell a user what to type.
+# What a server is started with: a logits processor by name, and the runner that knows such ones.
 PROCESSOR = "clex.serving.vllm_requests:RequestScales"
 FIRST_RUNNER = ("VLLM_USE_V2_MODEL_RUNNER", "0")
 

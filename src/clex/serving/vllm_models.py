@@ -26,7 +26,7 @@ from .length_classes import FIRST_RUNNER, PROCESSOR, LengthClasses, shift_positi
 from .vllm_requests import RequestScales, classes_of
 
 
-class StackedRope(RotaryEmbedding):  # type: ignore[misc]
+class StackedRope(RotaryEmbedding):
     """vLLM's rotary code and kernels over the stacked table, temperatures folded in.
 
     Args:
@@ -143,29 +143,29 @@ def _stack(model: Any, classes: LengthClasses, dtype: torch.dtype) -> StackedRop
     return rope
 
 
-class ClexGemma2ForCausalLM(ManyScales, Gemma2ForCausalLM):  # type: ignore[misc]
+class ClexGemma2ForCausalLM(ManyScales, Gemma2ForCausalLM):
     """Gemma 2."""
 
 
-class ClexGemmaForCausalLM(ManyScales, GemmaForCausalLM):  # type: ignore[misc]
+class ClexGemmaForCausalLM(ManyScales, GemmaForCausalLM):
     """Gemma."""
 
 
-class ClexLlamaForCausalLM(ManyScales, LlamaForCausalLM):  # type: ignore[misc]
+class ClexLlamaForCausalLM(ManyScales, LlamaForCausalLM):
     """Llama, and what is built like it."""
 
 
-class ClexMistralForCausalLM(ManyScales, MistralForCausalLM):  # type: ignore[misc]
+class ClexMistralForCausalLM(ManyScales, MistralForCausalLM):
     """Mistral."""
 
 
-class ClexPhi3ForCausalLM(ManyScales, Phi3ForCausalLM):  # type: ignore[misc]
+class ClexPhi3ForCausalLM(ManyScales, Phi3ForCausalLM):
     """Phi-3."""
 
 
-class ClexQwen2ForCausalLM(ManyScales, Qwen2ForCausalLM):  # type: ignore[misc]
+class ClexQwen2ForCausalLM(ManyScales, Qwen2ForCausalLM):
     """Qwen 2."""
 
 
-class ClexQwen3ForCausalLM(ManyScales, Qwen3ForCausalLM):  # type: ignore[misc]
+class ClexQwen3ForCausalLM(ManyScales, Qwen3ForCausalLM):
     """Qwen 3."""

@@ -33,7 +33,7 @@ def classes_of(vllm_config: Any) -> LengthClasses:
     return LengthClasses.from_dict(values)
 
 
-class RequestScales(LogitsProcessor):  # type: ignore[misc]
+class RequestScales(LogitsProcessor):
     """Where the rows of each request's length class begin in the stacked table of cos and sin.
 
     Attributes:

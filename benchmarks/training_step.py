@@ -1,0 +1,83 @@
+"""A training step of an extended model against the same step with plain RoPE.
+
+    python -m benchmarks.training_step --out DIR
+
+One step: forward, chunked loss over all tokens, backward and AdamW on all weights, in bfloat16,
+with random weights that both models share. The extended one trains its dynamics as well, at
+another scale in every step. Compiled means that each decoder layer is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.models import pair, random_tokens
+from benchmarks.report import Log, common_arguments, measured
+from benchmarks.timing import time_calls
+from clex.hf.extend import at_scale
+from clex.hf.loss import TokenLoss
+
+CASES = {"SmolLM2-135M": 8192, "Llama-3.2-1B": 16384}
+
+
+def make_step(model: Any, ids: torch.Tensor, extended: bool) -> Callable[[int], None]:
+    """One training step; the number of the step chooses its scale."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=ids.is_cuda)
+    loss = TokenLoss(model)
+    scales = torch.linspace(1.5, 16, 7, device=ids.device)
+
+    def losses(i: int) -> torch.Tensor:
+        if not extended:
+            return loss(model, ids)[0]
+        with at_scale(model, scales[i % 7 : i % 7 + 1]):
+            return loss(model, ids)[0]
+
+    def step(i: int) -> None:
+        losses(i).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def run_case(log: Log, shape: str, length: int, compiled: bool, args: Any) -> None:
+    """Both models, in turn."""
+    torch.compiler.reset()
+    ids = random_tokens(shape, length, args.device)
+    models = dict(zip(("plain", "extended"), pair(shape, args.device), strict=True))
+    steps = {}
+    for name, model in models.items():
+        model.train()
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile()
+        steps[name] = make_step(model, ids, name == "extended")
+    timings = time_calls(
+        steps, torch.device(args.device), repeats=args.repeats, warmup=3, most_seconds=args.seconds
+    )
+    more = {name: {"tokens/s": round(length / t.median * 1e3)} for name, t in timings.items()}
+    more["extended"]["memory"] = timings["extended"].peak_bytes / max(
+        1, timings["plain"].peak_bytes
+    )
+    form = "compiled" if compiled else "eager"
+    log.add(measured(f"{shape}, {length:,}, {form}", timings, more))
+
+
+def main(arguments: Sequence[str] | None = None) -> Log:
+    """Run the benchmark that the arguments describe."""
+    parser = common_arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=15.0, help="most for each case")
+    parser.add_argument("--forms", default="eager,compiled")
+    args = parser.parse_args(arguments)
+    log = Log("training_step", args.out, {"device": args.device, "dtype": "bfloat16"})
+    for shape, length in {"tiny": 100}.items() if args.small else CASES.items():
+        for form in args.forms.split(","):
+            run_case(log, shape, length, form == "compiled", args)
+    return log
+
+
+if __name__ == "__main__":
+    main()
