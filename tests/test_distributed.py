@@ -224,6 +224,8 @@ def run(folder: Path, settings: dict[str, Any]) -> None:
     def with_watch(self: Any, **kwargs: Any) -> None:
         init(self, **kwargs)
         self.add_callback(watch)
+        if self.is_fsdp_enabled:  # positions pass through the layers in float32
+            assert not self.accelerator.state.fsdp_plugin.mixed_precision_policy.cast_forward_inputs
 
     training.ExtensionTrainer.__init__ = with_watch  # type: ignore[method-assign]
     try:
