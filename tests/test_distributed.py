@@ -289,6 +289,15 @@ def test_same_as_one_process(
     compare(single, tmp_path)
 
 
+def test_fsdp2_in_bfloat16(single: Path, tmp_path: Path) -> None:
+    """Weights compute in bfloat16; the extension and all that is saved stay float32."""
+    assert launch(2, run, tmp_path, {"precision": "bf16"}, engine=FSDP) == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(single), rel=0.01)
+    assert losses(tmp_path) != pytest.approx(losses(single), abs=TOLERANCE)
+    for name in ("model.safetensors", WEIGHTS_FILE):
+        assert {t.dtype for t in load_file(tmp_path / name).values()} == {torch.float32}
+
+
 def run_zero3(folder: Path, settings: dict[str, Any]) -> None:
     import deepspeed  # noqa: F401
 
