@@ -72,7 +72,8 @@ def fuse(decoder: nn.Module, rope: nn.Module, tables: Tables, inv_freq: Tensor) 
     if len(layouts) != 1 or None in layouts:
         return None
     for user in users:
-        user.__class__ = fused_class(type(user))
+        kind: Any = type(user)
+        user.__class__ = fused_class(kind)
     return layouts.pop()
 
 
@@ -107,7 +108,7 @@ def _only_applies(forward: Any) -> bool:
 
 
 @functools.cache
-def fused_class(host: type[nn.Module]) -> type[nn.Module]:
+def fused_class(host: Any) -> Any:
     """The subclass of an attention class that rotates in one operator."""
 
     def reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -118,7 +119,7 @@ def fused_class(host: type[nn.Module]) -> type[nn.Module]:
     return type(host.__name__, (host,), {"__module__": host.__module__, **parts})
 
 
-def _new(host: type[nn.Module]) -> nn.Module:
+def _new(host: Any) -> Any:
     """An empty instance; found by name, so that fused models can be pickled."""
     kind = fused_class(host)
     return kind.__new__(kind)

@@ -37,13 +37,13 @@ def turn_keys(
     for tensor in keys:
         alike[tensor.device, tensor.dtype, tensor.shape, tensor.stride()].append(tensor)
     for (device, *_), tensors in alike.items():
-        tables = tuple(table.to(device) for table in (positions, delta, ratio))
+        here, turn, grown = (table.to(device) for table in (positions, delta, ratio))
         if active(tensors[0]):
             from .cache_move_triton import turn_alike
 
-            turn_alike(tensors, *tables, interleaved)
+            turn_alike(tensors, here, turn, grown, interleaved)
         else:
-            _turn_plain(tensors, *tables, interleaved, block)
+            _turn_plain(tensors, here, turn, grown, interleaved, block)
 
 
 @turn_keys.register_fake

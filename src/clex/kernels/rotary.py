@@ -76,7 +76,8 @@ def _(
     interleaved: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return tuple(token_major(x, torch.promote_types(x.dtype, dtype)) for x in (q, k))
+    q_type, k_type = (torch.promote_types(x.dtype, dtype) for x in (q, k))
+    return token_major(q, q_type), token_major(k, k_type)
 
 
 def _rotate_backward(
@@ -152,7 +153,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(positions, inv_freq, factor, *kept)
 
 
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, work: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, work: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
     positions, inv_freq, factor, *out = ctx.saved_tensors
     *grads, by_row = work(grad_q, grad_k, out, positions, inv_freq, factor, *ctx.settings)
     if not ctx.learned:
@@ -163,7 +164,7 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, work: Any) -> tuple[Any,
 
 
 rotate_operator.register_autograd(
-    lambda ctx, *grads: _backward(ctx, *grads, backward_operator), setup_context=_setup
+    lambda ctx, *grads: _backward(ctx, backward_operator, *grads), setup_context=_setup
 )
 
 
@@ -174,16 +175,16 @@ class _Rotate(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, *grads, _rotate_backward)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _backward(ctx, _rotate_backward, *grads)
 
 
 def _cos_sin(
     positions: Tensor, inv_freq: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     angle = positions[..., None].float() * inv_freq[:, None, :]
-    tables = (angle.cos() * factor[:, None, None], angle.sin() * factor[:, None, None])
-    return tuple(table.to(dtype)[:, None] for table in tables)
+    cos, sin = angle.cos() * factor[:, None, None], angle.sin() * factor[:, None, None]
+    return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
