@@ -49,6 +49,8 @@ FSDP = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    # As `accelerate launch` has it where nobody says otherwise.
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 
 
@@ -222,6 +224,8 @@ def run(folder: Path, settings: dict[str, Any]) -> None:
     def with_watch(self: Any, **kwargs: Any) -> None:
         init(self, **kwargs)
         self.add_callback(watch)
+        if self.is_fsdp_enabled:  # positions pass through the layers in float32
+            assert not self.accelerator.state.fsdp_plugin.mixed_precision_policy.cast_forward_inputs
 
     training.ExtensionTrainer.__init__ = with_watch  # type: ignore[method-assign]
     try:
@@ -283,6 +287,15 @@ def test_same_as_one_process(
 ) -> None:
     assert launch(count, run, tmp_path, settings, engine=engine) == [0] * count
     compare(single, tmp_path)
+
+
+def test_fsdp2_in_bfloat16(single: Path, tmp_path: Path) -> None:
+    """Weights compute in bfloat16; the extension and all that is saved stay float32."""
+    assert launch(2, run, tmp_path, {"precision": "bf16"}, engine=FSDP) == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(single), rel=0.01)
+    assert losses(tmp_path) != pytest.approx(losses(single), abs=TOLERANCE)
+    for name in ("model.safetensors", WEIGHTS_FILE):
+        assert {t.dtype for t in load_file(tmp_path / name).values()} == {torch.float32}
 
 
 def run_zero3(folder: Path, settings: dict[str, Any]) -> None:
@@ -348,12 +361,12 @@ def command(model: Path, data: Path, out: Path) -> None:
 
 
 def test_command_line_in_two_processes(tmp_path: Path) -> None:
-    """Both train; one measures and writes. A finished run is finished for both."""
+    """Both train, with weights cut up; one measures and writes. What is finished is so for both."""
     with tiny.token_cache(tmp_path / "cache"):
         model = tiny.write_model(tmp_path / "model")
         data = tiny.write_documents(tmp_path / "d.jsonl", [290 + 3 * i for i in range(12)])
         assert launch(1, command, model, data, tmp_path / "one") == [0]
-        assert launch(2, command, model, data, tmp_path / "two") == [0, 0]
+        assert launch(2, command, model, data, tmp_path / "two", engine=FSDP) == [0, 0]
         before = (tmp_path / "two" / "results.json").read_text()
         assert launch(2, command, model, data, tmp_path / "two") == [0, 0]
     assert (tmp_path / "two" / "results.json").read_text() == before

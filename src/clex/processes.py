@@ -59,6 +59,8 @@ def readers() -> int:
 def join() -> None:
     """Take this process's GPU and meet the other processes; nothing to do for a single one."""
     if world_size() > 1:
+        # transformers would read the weights in one process and leave the others' empty.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         PartialState(cpu=not torch.cuda.is_available())
         _patient_group()
 

@@ -481,7 +481,10 @@ class ExtensionTrainer(Trainer):
         # It would move the extension to the meta device; each process has loaded the model.
         plugin.cpu_ram_efficient_loading = False
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if self.args.bf16 else None, reduce_dtype=torch.float32
+            param_dtype=torch.bfloat16 if self.args.bf16 else None,
+            reduce_dtype=torch.float32,
+            # Layers are given positions in float32, which bfloat16 would round by hundreds.
+            cast_forward_inputs=False,
         )
         processes.same_everywhere(learned_parameters(self.extended))
 

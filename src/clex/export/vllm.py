@@ -53,7 +53,8 @@ class VllmEngine:
             self._llm = vllm.LLM(
                 str(folder),
                 dtype="float32",
-                max_model_len=record.length,
+                # Several scales are asked for by name; a shorter window needs fewer keys.
+                max_model_len=longest + 1 if record.scales else record.length,
                 # Tokens go in and numbers come out: a model without a tokenizer is served as well.
                 skip_tokenizer_init=True,
                 # A prompt whose keys are cached already would have no log-probabilities.
