@@ -35,7 +35,9 @@ def make_call(
     def call(i: int) -> Any:
         seeds = torch.arange(len(t), device=t.device) + i
         with use(kernels):
-            rope.positions = sample_positions(name, ids.shape[1], t, seeds, native, 16.0)
+            held = rope.held
+            assert held is not None
+            held.positions = sample_positions(name, ids.shape[1], t, seeds, native, 16.0)
             return rope(x, ids)
 
     return call
@@ -56,7 +58,7 @@ def run_case(log: Log, rows: int, length: int, args: Any) -> None:
             calls["fused"] = make_call(rope, x, ids, t, True)
         cos, _ = calls["tables"](0)
         inv_freq, factor = rope.solve(t)["all"]
-        angle = rope.positions.double()[..., None] * inv_freq.double()[:, None]
+        angle = rope.held.positions.double()[..., None] * inv_freq.double()[:, None]
         exact = torch.cat([angle, angle], dim=-1).cos() * factor.double()[:, None, None]
         error = relative_error(cos, exact)
         if not error < 1e-2:

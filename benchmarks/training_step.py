@@ -72,7 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> Log:
     parser.add_argument("--seconds", type=float, default=15.0, help="most for each case")
     parser.add_argument("--forms", default="eager,compiled")
     args = parser.parse_args(arguments)
-    log = Log("training_step", args.out, {"device": args.device, "dtype": "bfloat16"})
+    # The forms may be measured in two calls, which must not write into one file.
+    log = Log(
+        f"training_step-{args.forms.replace(',', '-')}",
+        args.out,
+        {"device": args.device, "dtype": "bfloat16"},
+    )
     for shape, length in {"tiny": 100}.items() if args.small else CASES.items():
         for form in args.forms.split(","):
             run_case(log, shape, length, form == "compiled", args)
