@@ -37,10 +37,12 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[
     seen: list[Tensor] = []
     hold = ScaledRope.hold
 
-    def watched(self: ScaledRope, scale: Any, positions: Tensor | None = None) -> None:
+    def watched(
+        self: ScaledRope, scale: Any, positions: Tensor | None = None, **settings: Any
+    ) -> Any:
         if positions is not None:
             seen.append(positions.clone())
-        hold(self, scale, positions)
+        return hold(self, scale, positions, **settings)
 
     monkeypatch.setattr(ScaledRope, "hold", watched)
     model = clex.extend(tiny.make_model(), CONFIG)

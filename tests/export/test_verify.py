@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import clex
 from clex.cli import app
+from clex.digests import digests_of
 from clex.errors import CheckpointError, ConfigError, UnsupportedModelError
 from clex.export import export, read_record, verify
 from clex.export.gguf_file import Field, GgufTensor, write_gguf
@@ -160,6 +162,10 @@ def test_the_command(llama: Path, tmp_path: Path) -> None:
     assert good.exit_code == 0, good.output
     assert "xllamacpp" in good.output and "255" in good.output
     without_factors(out / "model.gguf")
+    refused = run(*plain, "--verify")
+    assert "is damaged" in str(refused.exception)
+    # An exporter that forgot the factors would have recorded what it wrote.
+    dataclasses.replace(record, sha256=digests_of(out, record.sha256)).write(out)
     bad = run(*plain, "--verify")
     assert bad.exit_code == 1
     assert "NO" in bad.output
