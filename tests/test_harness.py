@@ -169,6 +169,45 @@ def test_scores_do_not_depend_on_the_batch(yarn: Any, tokenizer: Any) -> None:
     assert apart == pytest.approx(joined, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+def test_batches_that_do_not_fit_are_halved(
+    kind: str, yarn: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU that holds few tokens at once; the answers are those of single requests."""
+    texts = [WORDS * 4, WORDS * 3, WORDS * 3, WORDS * 2, WORDS]
+    if kind == "loglikelihood":
+        requests = instances(kind, [(text, " The sea") for text in texts])
+    else:
+        requests = instances(kind, [(text, {"max_gen_toks": 4}) for text in texts])
+    alone = [getattr(reader(yarn, tokenizer), kind)([request])[0] for request in requests]
+    read: list[int] = []
+
+    def room_for(most: int) -> HarnessModel:
+        small = reader(yarn, tokenizer, progress=lambda *done: told.append(done))
+        real = small._scales
+
+        def scales(lengths: Sequence[int]) -> list[float]:
+            read.append(len(lengths) * max(lengths))
+            if read[-1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(lengths)
+
+        monkeypatch.setattr(small, "_scales", scales)
+        return small
+
+    told: list[tuple[int, int]] = []
+    room = 3 * len(tokenizer(WORDS * 4)["input_ids"])
+    answers = getattr(room_for(room), kind)(requests)
+    assert read[0] > room and max(read[1:]) <= read[0] / 2, "one attempt too many, then half"
+    assert told[-1] == (5, 5)
+    if kind == "loglikelihood":
+        assert np.allclose([a for a, _ in answers], [a for a, _ in alone], atol=1e-4)
+    else:
+        assert answers == alone
+    with pytest.raises(ConfigError, match=r"request of \d+ tokens does not fit .*--max-length"):
+        getattr(room_for(0), kind)(requests)
+
+
 def test_rolling_windows_of_the_native_length_are_read_at_scale_one(
     yarn: Any, tokenizer: Any
 ) -> None:

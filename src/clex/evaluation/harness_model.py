@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -136,8 +136,8 @@ class HarnessModel(HFLM):
         # The last token is scored but not read.
         texts = [(context + end)[-(self.max_length + 1) :] for _, context, end in requests]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        done = 0
-        for batch in self._batches([len(text) - 1 for text in texts]):
+
+        def score(batch: list[int]) -> None:
             # Padding on the right is not seen by the tokens before it, and moves no position.
             size = max(len(texts[i]) for i in batch)
             ids = torch.tensor([texts[i] + [0] * (size - len(texts[i])) for i in batch])
@@ -158,8 +158,8 @@ class HarnessModel(HFLM):
                     self.reads[request] = Read(
                         len(context) + len(end) - 1, len(texts[i]) - 1, scales[row]
                     )
-            done += len(batch)
-            self.progress(done, len(requests))
+
+        self._in_batches([len(text) - 1 for text in texts], score)
         return answers
 
     @torch.no_grad()
@@ -170,16 +170,17 @@ class HarnessModel(HFLM):
         for prompt in prompts:
             key = json.dumps(prompt.settings, sort_keys=True, default=str)
             groups.setdefault(key, []).append(prompt)
-        texts = [""] * len(requests)
-        done = 0
+        texts, done = [""] * len(requests), 0
         for group in groups.values():
             new = int(group[0].settings["max_gen_toks"])
-            for batch in self._batches([len(prompt.ids) + new for prompt in group]):
+
+            def answer(batch: list[int], group: list[_Prompt] = group, new: int = new) -> None:
                 rows = [group[i] for i in batch]
                 for prompt, text in zip(rows, self._generate(rows, new), strict=True):
                     texts[prompt.index] = text
-                done += len(rows)
-                self.progress(done, len(requests))
+
+            lengths = [len(prompt.ids) + new for prompt in group]
+            done = self._in_batches(lengths, answer, done, len(requests))
         return texts
 
     def _prompt(self, index: int, text: str, settings: dict[str, Any]) -> _Prompt:
@@ -230,10 +231,46 @@ class HarnessModel(HFLM):
     def _held(self, scales: list[float]) -> AbstractContextManager[None]:
         return at_scale(self.model, scales) if self._extended else nullcontext()
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of requests, longest first, in batches that fit `batch_tokens`."""
+    def _in_batches(
+        self,
+        lengths: Sequence[int],
+        work: Callable[[list[int]], None],
+        done: int = 0,
+        total: int | None = None,
+    ) -> int:
+        """Call `work` for all requests, longest first, in batches that fit `batch_tokens`.
+
+        Where a batch does not fit into the memory of the GPU, batches are half as large from then
+        on.
+
+        Args:
+            lengths: of the requests, tokens.
+            work: called with the numbers of the requests of a batch.
+            done: requests of this call that were done before.
+            total: all requests of this call; these ones if not given.
+
+        Returns:
+            `done` and these.
+
+        Raises:
+            ConfigError: a single request does not fit.
+        """
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         while order:
-            size = max(1, min(_MOST_ROWS, self.batch_tokens // max(1, lengths[order[0]])))
-            yield order[:size]
-            order = order[size:]
+            longest = max(1, lengths[order[0]])
+            batch = order[: max(1, min(_MOST_ROWS, self.batch_tokens // longest))]
+            try:
+                work(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise ConfigError(
+                        f"a request of {longest:,} tokens does not fit into the memory of"
+                        f" {self.device}; pass a smaller --max-length"
+                    ) from None
+                self.batch_tokens = len(batch) * longest // 2
+                torch.cuda.empty_cache()
+                continue
+            order = order[len(batch) :]
+            done += len(batch)
+            self.progress(done, total or len(lengths))
+        return done
