@@ -223,6 +223,17 @@ def test_split() -> None:
         split_documents(tiny.make_tokens([500]))
 
 
+def test_split_of_a_mixture() -> None:
+    """Every source keeps documents, and the only one of a source is for training."""
+    tokens = tiny.make_tokens(range(5, 28)).add_column("source", [0] * 2 + [1] + [2] * 20)
+    train, held = split_documents(tokens)
+    assert held["source"][:] == [0, 2, 2]
+    assert sorted({*train["source"]}) == [0, 1, 2]
+    alone = tiny.make_tokens([5, 6]).add_column("source", [0, 1])
+    with pytest.raises(DataError, match="--eval-data"):
+        split_documents(alone)
+
+
 # Windows.
 
 

@@ -273,9 +273,28 @@ def test_digests(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="b is damaged"):
         require_digests(tmp_path, recorded)
     # The record is a file as well, and may say anything.
-    for bad in ([], "x", {"../a": "0"}, {"a": 1}, {"/etc/passwd": "0"}):
+    for bad in (
+        [],
+        "x",
+        {"../a": "0"},
+        {"a": 1},
+        {"/etc/passwd": "0"},
+        {"b/../../a": "0"},
+        {"": "0"},
+    ):
         with pytest.raises(CheckpointError, match="SHA-256 of the files"):
             require_digests(tmp_path, bad)
+
+
+def test_digests_of_files_in_folders(tmp_path: Path) -> None:
+    """Engines that cut weights up write folders of them into a checkpoint."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "part-0").write_bytes(b"one")
+    recorded = digests_of(tmp_path, ["weights/part-0"])
+    require_digests(tmp_path, recorded)
+    flip(tmp_path / "weights" / "part-0", 0)
+    with pytest.raises(CheckpointError, match="part-0 is damaged"):
+        require_digests(tmp_path, recorded)
 
 
 def test_a_trial_that_was_cut_off(tmp_path: Path) -> None:

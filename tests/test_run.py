@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -211,6 +212,48 @@ def test_other_settings_are_refused(
     assert setting in said
     assert "--overwrite" in said
     assert listing(finished) == before
+
+
+def test_run_of_another_number_of_windows_says_what_to_pass(
+    finished: Path, inputs: Inputs, call: Cli, tmp_path: Path
+) -> None:
+    """As after a start with other processes; `--overwrite` would throw the run away."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    record = json.loads((out / "run.json").read_text())
+    record["settings"]["training"]["global_batch"] = 6
+    (out / "run.json").write_text(json.dumps(record))
+    code, said = call(*extend_arguments(inputs, out))
+    assert code == 2 and "--global-batch 6" in said and "--overwrite" not in said
+
+
+def test_a_damaged_result_is_made_again(
+    finished: Path, inputs: Inputs, call: Cli, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    file = out / "clex.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, said = call(*extend_arguments(inputs, out))
+    assert code == 2 and "is damaged" in said and "delete" in said
+    (out / "clex_config.json").unlink()
+    assert call(*extend_arguments(inputs, out))[0] == 0
+    assert file.read_bytes() == whole
+
+
+def test_half_a_line_in_the_log_stops_nothing(
+    inputs: Inputs, call: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise OutputError("no space left")
+
+    arguments = extend_arguments(inputs, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(clex.training, "save", stop)
+        assert call(*arguments)[0] == 2
+    log = tmp_path / "out" / "log.jsonl"
+    log.write_text('{"step": 1, "sec')
+    assert call(*arguments)[0] == 0
+    assert (tmp_path / "out" / "results.json").is_file()
 
 
 def test_interrupted_run_goes_on(

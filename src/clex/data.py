@@ -279,16 +279,21 @@ def split_documents(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and held-out documents: every k-th document is held out, at least one.
 
-    Of a mixture, whose sources lie one after the other, every k-th of each.
+    Of a mixture every k-th of each source; a source of one document is for training only.
 
     Raises:
-        DataError: there is only one document.
+        DataError: no source has two documents.
     """
-    if len(tokens) < 2:
+    sources = np.asarray(tokens["source"] if "source" in tokens.column_names else [0] * len(tokens))
+    held: list[int] = []
+    for source in np.unique(sources):
+        own = np.flatnonzero(sources == source)
+        if len(own) > 1:
+            every = min(len(own), max(2, round(1 / share)))
+            held += own[every - 1 :: every].tolist()
+    if not held:
         raise DataError("one document cannot be split; give held-out text with --eval-data")
-    every = min(len(tokens), max(2, round(1 / share)))
-    held = [i for i in range(len(tokens)) if i % every == every - 1]
-    kept = [i for i in range(len(tokens)) if i % every != every - 1]
+    kept = sorted({*range(len(tokens))} - {*held})
     return tokens.select(kept), tokens.select(held)
 
 

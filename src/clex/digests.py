@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import CheckpointError
@@ -33,7 +33,7 @@ def require_digests(folder: Path, recorded: Any, names: Iterable[str] | None = N
         CheckpointError: a file is missing, cannot be read or differs, or the record is no record.
     """
     if not isinstance(recorded, Mapping) or not all(
-        isinstance(digest, str) and isinstance(name, str) and Path(name).name == name
+        isinstance(digest, str) and isinstance(name, str) and _is_inside(name)
         for name, digest in recorded.items()
     ):
         raise CheckpointError(f"the recorded SHA-256 of the files in {folder} are damaged")
@@ -50,6 +50,12 @@ def require_digests(folder: Path, recorded: Any, names: Iterable[str] | None = N
             raise CheckpointError(
                 f"{folder / name} is damaged: its SHA-256 is not the recorded one"
             )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether `name` is that of a file in a folder or in one of its folders, and no way out."""
+    parts = PurePosixPath(name).parts
+    return "/".join(parts) == name and not {"/", "..", ""} & {*parts} and bool(parts)
 
 
 def _digest(file: Path) -> str:

@@ -15,11 +15,12 @@ import datasets
 import torch
 from rich.console import Console
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from . import processes
 from .config import ClexConfig
 from .data import load_mixture, load_tokens, parse_sources, split_documents
-from .errors import ConfigError, DataError
+from .errors import CheckpointError, ConfigError, DataError
 from .evaluation.alignment import Aligner
 from .evaluation.longppl import KEYS_FILE, Evaluator, key_tokens_of
 from .evaluation.perplexity import (
@@ -35,6 +36,7 @@ from .evaluation.scores import DOCUMENTS_FILE, Difference, ScoreLog, differences
 from .evaluation.token_bytes import token_bytes
 from .files import read_json, write_json
 from .hf.checkpoint import (
+    CONFIG_FILE,
     base_name,
     is_checkpoint,
     load,
@@ -46,7 +48,7 @@ from .hf.checkpoint import (
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .measured import load_measured, own_name, training_free
-from .run_folder import claimed, holds_run
+from .run_folder import RUN_FILE, claimed, holds_run
 from .start import choose_base
 from .training import TrainConfig, check_plan, learned_parameters, train
 
@@ -217,10 +219,18 @@ def run_extend(
         raise ConfigError("LongPPL needs an evaluator; measure it with clex eval ppl")
 
     def finished() -> bool:
+        if not overwrite:
+            _require_same_batch(out, training.to_dict()["global_batch"])
         begun = holds_run(out, settings, overwrite, "clex extend")
         whole = begun and (out / "results.json").is_file() and is_checkpoint(out)
         if whole:
-            require_whole(out, read_about(out))
+            try:
+                require_whole(out, read_about(out))
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}; delete {out / CONFIG_FILE} and give the same command again to make"
+                    " the result anew from the last checkpoint"
+                ) from None
         return whole
 
     if processes.agreed(finished):
@@ -304,6 +314,7 @@ def run_extend(
             return []
         assert log is not None
         if processes.cut_up(model):  # it answers to all processes together only
+            unset_hf_deepspeed_config()  # or loading waits for the others, which are gone
             model = load(out, dtype=dtype, device=place)
         with autocast(place, training.precision):
             name = own_name(clex.method, free)
@@ -314,6 +325,27 @@ def run_extend(
         write_report(rows, out, native, pairs)
     _say_result(console, rows, out, native, pairs)
     return rows
+
+
+def _require_same_batch(out: Path, windows: int) -> None:
+    """Check that the run in `out`, if there is one, has steps of as many windows.
+
+    Raises:
+        ConfigError: it has not, as after another number of processes; says what to pass.
+    """
+    if not (out / RUN_FILE).is_file():
+        return
+    try:
+        before = read_json(out / RUN_FILE)
+    except CheckpointError:
+        return  # `holds_run` says what to do about a damaged one
+    for key in ("settings", "training", "global_batch"):
+        before = before.get(key) if isinstance(before, dict) else None
+    if isinstance(before, int) and before != windows:
+        raise ConfigError(
+            f"{out} holds a run with steps of {before} windows, this one has {windows}; pass"
+            f" --global-batch {before} to go on with it"
+        )
 
 
 def _say_result(

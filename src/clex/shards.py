@@ -23,7 +23,7 @@ SHARDS_FILE = "shards.json"
 _SCHEMA = pyarrow.schema(
     [("input_ids", pyarrow.list_(pyarrow.int32())), ("length", pyarrow.int64())]
 )
-_BATCH = 64
+_BATCH, _BATCH_CHARACTERS = 64, 2**22
 
 
 def is_shards(folder: str | Path) -> bool:
@@ -116,8 +116,22 @@ def write_shards(
 
 
 def _rows(documents: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
-    while batch := list(islice(documents, _BATCH)):
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    batch: list[str] = []
+
+    def tokens() -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(batch, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        batch.clear()
+        return ids
+
+    for text in documents:
+        batch.append(text)
+        # Tokenising takes many times the memory of the text.
+        if len(batch) == _BATCH or sum(map(len, batch)) > _BATCH_CHARACTERS:
+            yield from tokens()
+    if batch:
+        yield from tokens()
 
 
 def _write_shard(

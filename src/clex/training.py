@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pickle
 import shutil
 import time
@@ -643,7 +644,7 @@ class ExtensionTrainer(Trainer):
         if self.args.should_save:
             # Sharding engines write weights in a form of their own, and only those.
             save_extension_state(self.extended, folder / WEIGHTS_FILE)
-            files = [file.name for file in folder.iterdir() if file.is_file()]
+            files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
             record = {"step": self.state.global_step, **self._about_run()}
             write_json(folder / _COMPLETE, {**record, "sha256": digests_of(folder, files)})
 
@@ -781,8 +782,11 @@ class _Progress(TrainerCallback):
         }
         with output_errors(self.log):
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with self.log.open("ab+") as file:
+                # Half a line that an interruption left must not swallow this one.
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    file.write(b"\n")
+                file.write(json.dumps(record).encode() + b"\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

@@ -76,10 +76,15 @@ def draw_training(folder: Path) -> None:
         return
     # After an interruption some steps were made twice; the later record is the one that counts.
     records: dict[int, dict[str, Any]] = {}
-    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        records[record["step"]] = record
+    for line in (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            records[record["step"]] = record
+        except (ValueError, TypeError, KeyError):
+            continue  # a full disk or a kill left half of it
     steps = sorted(records)
+    if not steps:
+        return
     keys = [key for key in records[steps[-1]] if key.startswith("frequency/")]
     figure = Figure(figsize=(11 if keys else 5.5, 4), layout="constrained")
     FigureCanvasAgg(figure)

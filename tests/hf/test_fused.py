@@ -129,3 +129,26 @@ def test_attention_that_takes_the_tables_apart_is_left_alone() -> None:
     for name in ("deepseek_v3", "cohere", "llama4_text"):
         model = clex.extend(small_model(name), clex.ClexConfig(max_scale=4, steps=2))
         assert require_extension(model).interleaved is None, name
+
+
+def test_attention_with_a_forward_of_its_own_is_left_alone(angles: None) -> None:
+    """As accelerate's hooks put it on an instance where a model is spread over devices."""
+    model = tiny.make_model()
+    attention = model.model.layers[1].self_attn
+    attention.forward = attention.forward
+    clex.extend(model, clex.ClexConfig(max_scale=4, steps=2))
+    assert require_extension(model).interleaved is None
+    logits(model)
+
+
+def test_what_cannot_run_here_is_left_to_the_host(
+    angles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr("clex.hf.rotary.fuse", broken)
+    with pytest.warns(UserWarning, match=r"no C compiler.*CLEX_NO_KERNELS"):
+        model = extended()
+    assert require_extension(model).interleaved is None
+    logits(model)

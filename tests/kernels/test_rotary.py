@@ -213,3 +213,27 @@ def test_operator_is_sound() -> None:
     inputs = Inputs(SHAPES[1], torch.float32, "cpu")
     arguments = (inputs.q, inputs.k, inputs.positions, inputs.inv_freq, inputs.factor)
     torch.library.opcheck(torch.ops.clex.rotate, (*arguments, False, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("positions", lambda x: x[:, :-1], "positions of shape"),
+        ("positions", lambda x: x.expand(3, -1), "positions of shape"),
+        ("inv_freq", lambda x: x[:1].expand(3, -1), "inv_freq of shape"),
+        ("inv_freq", lambda x: x.bfloat16(), "inv_freq was cast"),
+        ("factor", lambda x: x[:1].expand(3), "factor of shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, change: Any, message: str) -> None:
+    """A kernel would read what lies behind, or turn by a wrong angle, without a word."""
+    tables = {
+        "positions": torch.arange(5)[None],
+        "inv_freq": torch.rand(2, 4),
+        "factor": torch.ones(2),
+    }
+    q = torch.randn(2, 2, 5, 8)
+    rotate(q, q, *tables.values(), False, torch.float32)
+    tables[name] = change(tables[name])
+    with pytest.raises(ValueError, match=message):
+        rotate(q, q, *tables.values(), False, torch.float32)

@@ -39,6 +39,7 @@ class ExportRecord:
         versions: of what the result depends on.
         scales: t of each length class, for ``many_scales``.
         sha256: of the files of the export, by name.
+        source_sha256: of the files of the exported result, by name.
     """
 
     target: str
@@ -60,6 +61,7 @@ class ExportRecord:
     versions: dict[str, str]
     scales: list[float] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
+    source_sha256: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the record into an export."""

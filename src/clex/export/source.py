@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class Source:
         base: name or folder of the plain model.
         weights: what was trained beside the dynamics: ``none``, ``adapter`` or ``full``.
         clex: its extension.
+        sha256: of the files of a result of ``clex extend``, by name.
     """
 
     name: str
     base: str
     weights: str
     clex: ClexConfig
+    sha256: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, name: str | Path, clex: ClexConfig | None = None) -> Source:
@@ -53,13 +55,15 @@ class Source:
             weights = str(about.get("weights", "none"))
             base = str(about.get("base_model") or name) if weights == "full" else base_name(name)
             clex = ClexConfig.from_dict(about["clex"])
+            recorded = about.get("sha256")
+            digests = recorded if isinstance(recorded, dict) else {}
         else:
             if clex is None:
                 raise ConfigError(
                     f"{name} is not a result of clex extend; give --method for a plain model"
                 )
-            base, weights = str(name), "none"
-        found = cls(name=str(name), base=base, weights=weights, clex=clex)
+            base, weights, digests = str(name), "none", {}
+        found = cls(name=str(name), base=base, weights=weights, clex=clex, sha256=digests)
         if hasattr(found.host_config(), MARK):
             raise CheckpointError(
                 f"{found._plain()} is an export of clex already: its queries would be scaled twice"

@@ -116,6 +116,7 @@ def export(
         "base_model": found.base,
         "clex": found.resolved(model),
         "trained_weights": found.weights,
+        "source_sha256": found.sha256,
         "scale": fixed.t,
         "length": fixed.length,
         "native_length": fixed.native_length,

@@ -68,6 +68,9 @@ def fuse(decoder: nn.Module, rope: nn.Module, tables: Tables, inv_freq: Tensor) 
         for module in decoder.modules()
         if id(module) not in rotaries and _opens_pair(type(module))
     ]
+    # accelerate's hooks and other wrappers put a forward on the instance that no class can change.
+    if any("forward" in vars(user) for user in users):
+        return None
     layouts = {_layout(type(user), tables, inv_freq) for user in users}
     if len(layouts) != 1 or None in layouts:
         return None

@@ -247,9 +247,10 @@ class ScaledRope(nn.Module):
         finally:
             if for_all:
                 self._for_all.remove(hold)
+            # First: solving may fail, out of memory, and the inner scale must not stay.
+            self._own.hold = before
             if before is not None:
                 self._solve_held(before)
-            self._own.hold = before
 
     def _solve_held(self, hold: Hold) -> None:
         hold.training = self.training
@@ -319,8 +320,17 @@ class ScaledRope(nn.Module):
             pair = self._call(x, position_ids, inv_freq, factor, layer_type)
             return pair, self._with_stock(factor, layer_type)
 
-        with torch.no_grad():
-            self.interleaved = fuse(decoder, self, tables, native)
+        try:
+            with torch.no_grad():
+                self.interleaved = fuse(decoder, self, tables, native)
+        except Exception as error:
+            # Triton needs a C compiler and a GPU that is new enough; the host needs neither.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                f"the fused rotation cannot run here ({reason}); CLEX_NO_KERNELS=1 switches all"
+                " kernels off",
+                stacklevel=2,
+            )
 
     def _try_rows(self) -> bool:
         """Whether the host's code takes one frequency vector a row, as recent releases do."""

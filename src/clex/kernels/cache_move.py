@@ -35,6 +35,13 @@ def turn_keys(
     """
     alike = defaultdict(list)
     for tensor in keys:
+        rows, slots = tensor.shape[0], tensor.shape[2]
+        lengths = {len(positions), len(delta), len(ratio)}
+        if not lengths <= {1, rows} or positions.shape[1] != slots:
+            raise ValueError(
+                f"positions {tuple(positions.shape)} and {max(lengths)} rows of turns for keys of"
+                f" {rows} rows and {slots} slots"
+            )
         alike[tensor.device, tensor.dtype, tensor.shape, tensor.stride()].append(tensor)
     for (device, *_), tensors in alike.items():
         here, turn, grown = (table.to(device) for table in (positions, delta, ratio))

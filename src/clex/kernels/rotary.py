@@ -37,6 +37,10 @@ def rotate(
         factor: (B or 1,) float32, on cos and sin.
         interleaved: whether pairs are neighbours (0, 1), (2, 3) ..., or halves (0, F) ...
         dtype: of cos and sin; the result has that of their product with `q` and `k`.
+
+    Raises:
+        ValueError: shapes do not fit, or the frequencies were cast, as FSDP's mixed precision does
+            unless ``cast_forward_inputs`` is off.
     """
     inputs = q, k, positions, inv_freq, factor, interleaved, dtype
     if torch.compiler.is_compiling():
@@ -55,6 +59,17 @@ def _rotate(
     interleaved: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    rows, tokens = q.shape[0], q.shape[2]
+    for table, what in ((positions, "positions"), (inv_freq, "inv_freq"), (factor, "factor")):
+        if len(table) not in (1, rows) or (table is positions and table.shape[1] != tokens):
+            raise ValueError(
+                f"{what} of shape {tuple(table.shape)} for {rows} rows of {tokens} tokens"
+            )
+    if inv_freq.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"inv_freq was cast to {inv_freq.dtype}, which is wrong by whole radians; with FSDP set"
+            " MixedPrecisionPolicy(cast_forward_inputs=False), or switch the kernels off"
+        )
     if active(q):
         from .rotary_triton import forward
 
@@ -175,6 +190,7 @@ class _Rotate(torch.autograd.Function):
     setup_context = staticmethod(_setup)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return _backward(ctx, _rotate_backward, *grads)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 # Environment variable that switches the kernels off for a whole process, at any value but 0.
 OFF = "CLEX_NO_KERNELS"
 
-_installed = importlib.util.find_spec("triton") is not None
+# On AMD's GPUs, which torch calls cuda as well, the roundings of the kernels were never tried.
+_installed = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 _wanted = os.environ.get(OFF, "0") == "0"
 
 
