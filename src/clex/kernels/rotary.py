@@ -44,7 +44,9 @@ def rotate(
     """
     inputs = q, k, positions, inv_freq, factor, interleaved, dtype
     if torch.compiler.is_compiling():
-        return rotate_operator(*inputs)
+        # In training the compiler makes one kernel of plain operations, backward as well, and calls
+        # it for less than an operator of ours, which waits for the host twice in each layer.
+        return _plain(*inputs) if torch.is_grad_enabled() else rotate_operator(*inputs)
     # An operator costs the host as much again as the launch of its kernel.
     turned: tuple[Tensor, Tensor] = _Rotate.apply(*inputs)
     return turned
@@ -74,6 +76,20 @@ def _rotate(
         from .rotary_triton import forward
 
         return forward(q, k, positions, inv_freq, factor, interleaved, dtype)
+    turned = _plain(q, k, positions, inv_freq, factor, interleaved, dtype)
+    q, k = (token_major(x, x.dtype).copy_(x) for x in turned)
+    return q, k
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    factor: Tensor,
+    interleaved: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     cos, sin = _cos_sin(positions, inv_freq, factor, dtype)
     return _turned(q, cos, sin, interleaved), _turned(k, cos, sin, interleaved)
 
@@ -119,19 +135,19 @@ def _rotate_backward(
             grad_q, grad_k, out, positions, inv_freq, factor, interleaved, dtype, q_dtype, k_dtype
         )
     cos, sin = _cos_sin(positions, inv_freq, factor, dtype)
-    grads = (
-        _turned(grad_q, cos, -sin, interleaved).to(q_dtype),
-        _turned(grad_k, cos, -sin, interleaved).to(k_dtype),
-    )
+    grads = [
+        token_major(x, x_dtype).copy_(_turned(x, cos, -sin, interleaved))
+        for x, x_dtype in ((grad_q, q_dtype), (grad_k, k_dtype))
+    ]
     if not out:
-        return *grads, inv_freq.new_empty(0, inv_freq.shape[1] + 1)
+        return grads[0], grads[1], inv_freq.new_empty(0, inv_freq.shape[1] + 1)
     by_row = []
     for grad, rotated in zip((grad_q, grad_k), out, strict=True):
         g, o = (_pairs(x.float(), inv_freq.shape[1], interleaved) for x in (grad, rotated))
         turn = (g[1] * o[0] - g[0] * o[1]).sum(1) * positions[..., None]
         size = (g[0] * o[0] + g[1] * o[1]).sum((1, 2, 3)) / factor
         by_row.append(torch.cat([turn.sum(1), size[:, None]], dim=1))
-    return *grads, by_row[0] + by_row[1]
+    return grads[0], grads[1], by_row[0] + by_row[1]
 
 
 backward_operator = torch.library.custom_op(
@@ -207,11 +223,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     size = cos.shape[-1]
     first, second = _pairs(x, size, interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
-    out = token_major(x, turned[0].dtype)
-    for target, value in zip(_pairs(out, size, interleaved), turned, strict=True):
-        target.copy_(value)
-    out[..., 2 * size :] = x[..., 2 * size :]
-    return out
+    rest = x[..., 2 * size :].to(turned[0].dtype)
+    if interleaved:
+        return torch.cat([torch.stack(turned, dim=-1).flatten(-2), rest], dim=-1)
+    return torch.cat([*turned, rest], dim=-1)
 
 
 def _pairs(x: Tensor, size: int, interleaved: bool) -> tuple[Tensor, Tensor]:
