@@ -65,6 +65,7 @@ from .training_log import (
 )
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
+CHECKPOINTS_FOLDER = "checkpoints"
 _COMPLETE = "complete.json"
 # A comparison lists the windows of each method, so that they cannot be without number.
 _MOST_WINDOWS = 2**27
@@ -221,6 +222,7 @@ def train(
     *,
     base_model: str | None = None,
     tokenizer: Any = None,
+    weights: Weights | None = None,
     console: Console | None = None,
 ) -> nn.Module:
     """Train an extended model and save it to `folder`.
@@ -235,6 +237,7 @@ def train(
         folder: for checkpoints, the log (`log.jsonl`) and the result, which `clex.load` reads.
         base_model: name of the plain model, kept in the result.
         tokenizer: saved with the result where weights are saved.
+        weights: what is saved beside the extension; what `config.depth` trains if not given.
         console: where progress is shown.
 
     Returns:
@@ -249,16 +252,16 @@ def train(
         CheckpointError: the checkpoint to go on from is damaged.
         OutputError: the disk is full, or `folder` cannot be written.
     """
-    folder = Path(folder)
+    folder, weights = Path(folder), weights or DEPTHS[config.depth]
     trainer = make_trainer(model, tokens, config, folder)
     model = trainer.extended
     console = console or Console(stderr=True, quiet=not processes.is_main())
     shown = _Progress(trainer, folder / LOG_FILE, console)
     trainer.add_callback(shown)
-    checkpoint = processes.agreed(lambda: _last_undamaged(folder / "checkpoints"))
+    checkpoint = processes.agreed(lambda: _last_undamaged(folder / CHECKPOINTS_FOLDER))
     trainer.require_same_run(checkpoint)
     try:
-        with processes.others_alive(lambda: _way_on(folder / "checkpoints")):
+        with processes.others_alive(lambda: _way_on(folder / CHECKPOINTS_FOLDER)):
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.whole_weights()
     except pickle.UnpicklingError as error:  # all is read without running what it holds
@@ -271,9 +274,9 @@ def train(
         save(
             model,
             folder,
-            weights=DEPTHS[config.depth],
+            weights=weights,
             base_model=base_model,
-            tokenizer=tokenizer if config.depth != "dynamics" else None,
+            tokenizer=tokenizer if weights != "none" else None,
             state=state,
         )
         draw_training(folder)
@@ -293,8 +296,8 @@ def make_trainer(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
     with output_errors(folder):
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    arguments = _arguments(config, folder / "checkpoints", plan.window(plan.max_scale))
+        (folder / CHECKPOINTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    arguments = _arguments(config, folder / CHECKPOINTS_FOLDER, plan.window(plan.max_scale))
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
     )

@@ -387,6 +387,7 @@ def _method(plan: Plan, method: Method, out: Path, fresh: Fresh) -> Cell:
         "weights": method.weights,
         "deviates": method.deviates,
         "tokens": jobs[0].tokens,
+        "tokens_before": jobs[0].before,
         "train_seconds": _mean([run["train_seconds"] for run in runs]),
         "measure_seconds": _mean([run["measure_seconds"] for run in runs]),
         "state": states.pop() if len(states) == 1 else "in part",
