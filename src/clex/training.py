@@ -19,7 +19,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import processes
@@ -114,7 +115,8 @@ class TrainConfig:
         precision: ``"auto"`` (bfloat16 on GPUs that have it), ``"bf16"`` or ``"fp32"``.
         checkpointing: recompute activations in the backward pass: ``"auto"`` (for windows above
             16,384 tokens), ``"on"`` or ``"off"``.
-        compile: compile the decoder layers with torch.compile.
+        compile: compile the decoder layers with torch.compile, but for windows of true lengths,
+            each of which would be compiled anew.
         report_to: logging integrations of the Trainer; TensorBoard, where it is installed, if not
             given, and ``("none",)`` for none.
 
@@ -261,7 +263,10 @@ def train(
     checkpoint = processes.agreed(lambda: _last_undamaged(folder / CHECKPOINTS_FOLDER))
     trainer.require_same_run(checkpoint)
     try:
-        with processes.others_alive(lambda: _way_on(folder / CHECKPOINTS_FOLDER)):
+        with (
+            processes.others_alive(lambda: _way_on(folder / CHECKPOINTS_FOLDER)),
+            _compiled_layers(trainer),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.whole_weights()
     except pickle.UnpicklingError as error:  # all is read without running what it holds
@@ -281,6 +286,27 @@ def train(
         )
         draw_training(folder)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _compiled_layers(trainer: ExtensionTrainer) -> Iterator[None]:
+    """Decoder layers run compiled inside the block, where the run asks for it.
+
+    All layers share one graph, and so do the models of several runs in one process.
+    """
+    layers: list[Any] = []
+    if trainer.config.compile and not trainer.true_lengths:
+        # A pass over a few tokens; compiled, it would make the compiler expect any length.
+        trainer.token_loss.check(trainer.windows[0]["input_ids"][None].to(trainer.args.device))
+        modules = trainer.extended.modules()
+        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in layers:  # there is no public way back
+            layer._compiled_call_impl = None
 
 
 def make_trainer(
@@ -420,7 +446,6 @@ def _arguments(config: TrainConfig, folder: Path, longest: int) -> TrainingArgum
         data_seed=config.seed,
         bf16=bf16,
         use_cpu=not cuda,
-        torch_compile=config.compile,
         remove_unused_columns=False,
         dataloader_num_workers=0,
         disable_tqdm=True,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, numbers_of, names
+from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, names, numbers_of
 
 
 @evaluate.command("ppl")

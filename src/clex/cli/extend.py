@@ -18,8 +18,8 @@ from .app import (
     Rivals,
     TrustRemoteCode,
     app,
-    numbers_of,
     names,
+    numbers_of,
     settings_of,
 )
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, TrustRemoteCode, evaluate, numbers_of, names
+from .app import Device, TrustRemoteCode, evaluate, names, numbers_of
 
 
 @evaluate.command("harness")

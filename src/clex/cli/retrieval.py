@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, numbers_of, names
+from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, names, numbers_of
 
 _Model = Annotated[str, typer.Argument(help="A plain model, or a result of clex extend.")]
 _Out = Annotated[Path, typer.Option(help="Folder for results.json, cells.csv and heat maps.")]

@@ -151,7 +151,7 @@ def make_plan(recipe: Recipe) -> Plan:
                 windows = _window_sizes(resolved[method.name], training, tokens)
                 _check_equal(recipe, method, windows, resolved, seed, tokens)
                 trained_tokens = sum(windows)
-            work = _TRAINING_PASSES * trained_tokens + read
+            work = _TRAINING_PASSES * trained_tokens + (read if method.measured else 0)
             jobs.append(Job(method, seed, training, trained_tokens, before, work))
     return Plan(recipe, native, perplexity, passkey, needle, held_out, tuple(jobs))
 

@@ -122,6 +122,7 @@ class Method:
         weights: another method, whose trained weights this one reads with its own frequencies.
         start: another method, from whose result the training goes on: from its weights and its
             extension, or from its weights alone where that is another method than this.
+        measured: whether it is a row of the report, and not only what others build on.
         choose_base: try which closed form is the best base curve.
         deviates: why the budget differs; ``None`` where it does not.
     """
@@ -133,6 +134,7 @@ class Method:
     training: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     start: str | None = None
+    measured: bool = True
     choose_base: bool = False
     deviates: str | None = None
 
@@ -246,6 +248,7 @@ class _MethodTable:
     options: Mapping[str, Any] | None = None
     post: tuple[str, ...] | None = None
     train: bool = True
+    measure: bool = True
     weights: str | None = None
     start: str | None = None
     deviates: str | None = None
@@ -408,6 +411,7 @@ def _method(name: str, table: Any, shared: Mapping[str, Any], budget: Mapping[st
         training=training,
         weights=given.weights,
         start=given.start,
+        measured=given.measure,
         choose_base=choose,
         deviates=given.deviates,
     )

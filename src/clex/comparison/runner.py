@@ -184,7 +184,10 @@ class Run:
 
     def finished(self, job: Job) -> bool:
         """Whether there is nothing left to do."""
-        return self._trained(job) and all(self.measured(job, name) for name in self.measures)
+        return self._trained(job) and all(self.measured(job, name) for name in self._names(job))
+
+    def _names(self, job: Job) -> list[str]:
+        return list(self.measures) if job.method.measured else []
 
     def one(self, job: Job) -> list[str]:
         """Train and measure; returns a line for each failure, which is kept in the folder too."""
@@ -195,7 +198,7 @@ class Run:
             if not self._trained(job):
                 self._train(job)
         model = None
-        for name in self.measures:
+        for name in self._names(job):
             if "training" in errors or self.measured(job, name):
                 continue
             with self._noted(job, name, errors):
@@ -203,8 +206,6 @@ class Run:
                     model = self._load(job)
                 self._measure(job, name, model)
         del model
-        # The compiler keeps what it made for each model, and gives up after a few of them.
-        torch.compiler.reset()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
