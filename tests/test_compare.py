@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ import tiny
 from clex import cli
 from clex.comparison import runner
 from clex.comparison.plan import make_plan
-from clex.comparison.recipe import Recipe, parse_recipe, read_recipe
+from clex.comparison.recipe import Recipe, parse_recipe, read_recipe, with_changes
 from clex.comparison.runner import run_compare
 from clex.comparison.statistics import Losses, level
 from clex.config import ClexConfig
 from clex.data import load_tokens
 from clex.errors import ConfigError, OutputError, TrainingError
 from clex.evaluation.perplexity import PerplexityPlan, as_method, evaluate_methods
+from clex.hf.checkpoint import load
+from clex.hf.extend import config_of, extend, frequencies
 from clex.hf.models import load_base, load_tokenizer
 
 QUICK = Path(__file__).parent.parent / "recipes" / "quick.toml"
@@ -234,6 +236,106 @@ def test_equal_tokens_in_equal_order(finished: Path) -> None:
     methods = {m["name"]: m for m in results(finished)["methods"]}
     assert methods["plain"]["tokens"] == methods["chunks"]["tokens"] == 3 * 2 * 64
     assert methods["free"]["tokens"] == methods["plain-yarn"]["tokens"] == 0
+
+
+STAGES = (
+    RECIPE[: RECIPE.index("[evaluation.passkey]")]
+    + """
+protocols = ["target"]
+[methods.twin]
+method = "dynamic_ntk"
+temperature = "log_n"
+[methods.then-dynamics]
+method = "clex"
+start = "twin"
+training = { depth = "dynamics", batch_size = 1, accumulation = 1, dynamics_rate = 0.05 }
+deviates = "dynamics alone, after the twin"
+[methods.dynamics]
+method = "clex"
+training = { depth = "dynamics", batch_size = 1, accumulation = 1, dynamics_rate = 0.05 }
+deviates = "dynamics alone"
+[methods.then-weights]
+method = "clex"
+start = "dynamics"
+training = { dynamics_rate = 0 }
+deviates = "from fitted dynamics, which stay"
+"""
+)
+
+
+def test_two_stages(inputs: Path, tmp_path: Path) -> None:
+    """Weights first and then the dynamics alone, and the other way round."""
+    assert compare(inputs, tmp_path / "out", STAGES) == []
+
+    def model(name: str) -> Any:
+        return load(tmp_path / f"out/runs/{name}/seed-0/model")
+
+    def weights(one: Any) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in one.state_dict().items() if ".scalings." not in k}
+
+    def same(a: Any, b: Any) -> bool:
+        return all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+
+    plain, twin = load_base(inputs / "model"), model("twin")
+    assert not same(plain, twin)
+    ntk = frequencies(extend(load_base(inputs / "model"), ClexConfig(method="dynamic_ntk")), 4)
+    after, fitted, last = model("then-dynamics"), model("dynamics"), model("then-weights")
+    # The dynamics began at the twin's own curve, moved from it, and its weights stayed.
+    assert same(after, twin) and config_of(after).base == "dynamic_ntk"
+    assert not torch.equal(frequencies(after, 4), ntk)
+    assert torch.equal(frequencies(twin, 4), ntk)
+    assert same(fitted, plain) and not same(last, plain)
+    assert torch.equal(frequencies(last, 4), frequencies(fitted, 4))
+    # The result needs neither the folder it started from nor the plain model.
+    assert (tmp_path / "out/runs/then-dynamics/seed-0/model/model.safetensors").is_file()
+    methods = {m["name"]: m for m in results(tmp_path / "out")["methods"]}
+    assert methods["twin"]["tokens_before"] == 0
+    assert methods["then-dynamics"]["tokens_before"] == methods["twin"]["tokens"] == 384
+    assert methods["then-dynamics"]["tokens"] == methods["dynamics"]["tokens"] == 3 * 64
+    assert not list((tmp_path / "out").rglob("checkpoint*"))
+    said = io.StringIO()
+    compare(inputs, tmp_path / "out", STAGES, dry_run=True, file=said)
+    assert "384 + 192 = 576" in said.getvalue()
+
+
+def test_dynamics_of_another_kind_are_no_start() -> None:
+    text = STAGES + '[methods.ntk]\nmethod = "yarn"\nstart = "dynamics"\ndeviates = "x"\n'
+    with pytest.raises(ConfigError, match=r"\[methods.ntk\] start = 'dynamics': depth 'dynamics'"):
+        parse(text)
+    parse(text.replace('start = "dynamics"\ndeviates = "x"', 'start = "twin"\ndeviates = "x"'))
+
+
+# Other texts and seeds, and parts that are joined.
+
+
+def test_changes_to_a_recipe() -> None:
+    recipe = parse(RECIPE)
+    assert with_changes(recipe) == recipe
+    other = with_changes(recipe, data="mine.txt", seeds=(3, 4))
+    assert (other.data, other.eval_data, other.seeds) == ("mine.txt", None, (3, 4))
+    assert with_changes(recipe, eval_data="held.txt").data == recipe.data
+    assert with_changes(recipe, data="books") == replace(
+        recipe, data=read_recipe(QUICK).data, eval_data=read_recipe(QUICK).eval_data
+    )
+    with pytest.raises(ConfigError, match="different numbers"):
+        with_changes(recipe, seeds=(1, 1))
+
+
+def test_parts_are_joined(inputs: Path, finished: Path, tmp_path: Path) -> None:
+    """Methods that ran in two folders give the report of those that ran in one."""
+    parts = tmp_path / "a", tmp_path / "b"
+    for part, only in zip(parts, (("plain-yarn", "base"), ("free", "chunks")), strict=True):
+        assert compare(inputs, part, only=only) == []
+    with pytest.raises(OutputError, match="no comparison to join"):
+        compare(inputs, tmp_path / "all", join=(tmp_path / "nothing",))
+    said = io.StringIO()
+    assert compare(inputs, tmp_path / "all", join=parts, file=said) == []
+    assert "5 of 5 are finished already" in said.getvalue()
+    joined = results(tmp_path / "all")
+    assert joined["perplexity"] == results(finished)["perplexity"]
+    assert [part["command"].split()[6] for part in joined["commands"][:2]] == [
+        *("plain-yarn,base", "free,chunks")
+    ]
 
 
 # The numbers.

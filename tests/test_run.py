@@ -26,6 +26,7 @@ from clex import cli
 from clex.errors import OutputError
 from clex.evaluation.perplexity import PerplexityPlan, evaluate_extended, evaluate_methods
 from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from clex.hf.extend import config_of
 from clex.hf.models import load_base
 
 RESULTS = ("results.json", "results.csv", "perplexity.png")
@@ -304,6 +305,39 @@ def test_start(finished: Path, inputs: Inputs, call: Cli, tmp_path: Path) -> Non
     assert call(*arguments, "--dynamics-rate", 0)[0] == 0
     started = clex.frequencies(clex.load(tmp_path / "out"), 4)
     assert torch.equal(started, clex.frequencies(clex.load(finished), 4))
+
+
+def test_start_with_trained_weights(inputs: Inputs, call: Cli, tmp_path: Path) -> None:
+    """Trained weights go along; the dynamics only where the method is the same."""
+    twin, out = tmp_path / "twin", tmp_path / "out"
+    closed = {"method": "yarn", "set": None, "train": "full", "rivals": ""}
+    assert call(*extend_arguments(inputs, twin, **closed))[0] == 0
+    arguments = extend_arguments(inputs, out, start=twin, rivals="base", base="yarn")
+    assert call(*arguments)[0] == 0
+    trained, plain, again = clex.load(twin), load_base(inputs.model), clex.load(out)
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(again.state_dict()[key], trained.state_dict()[key])
+    assert not torch.equal(again.state_dict()[key], plain.state_dict()[key])
+    assert config_of(again).method == "clex" and config_of(again).base == "yarn"
+    # The row of the base is that of the model before any training.
+    rows = {
+        r["method"]: r for r in read_rows(out) if (r["length"], r["protocol"]) == (64, "window")
+    }
+    unstarted = tmp_path / "unstarted"
+    assert call(*extend_arguments(inputs, unstarted, rivals="base", steps=1))[0] == 0
+    assert rows["base"] in read_rows(unstarted)
+    assert rows["clex"]["ppl"] != rows["base"]["ppl"]
+
+
+def test_starts_that_are_refused(inputs: Inputs, call: Cli, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    assert call(*extend_arguments(inputs, adapter, train="lora", steps=1, rivals=""))[0] == 0
+    code, said = call(*extend_arguments(inputs, tmp_path / "out", start=adapter))
+    assert code == 2 and "has an adapter, from which no training can go on" in said
+    full = clex.extend(load_base(inputs.model), clex.ClexConfig(max_scale=4))
+    clex.save(full, tmp_path / "full", base_model="another/model")
+    code, said = call(*extend_arguments(inputs, tmp_path / "out", start=tmp_path / "full"))
+    assert code == 2 and "was trained from 'another/model'" in said
 
 
 def test_trained_method_beside_itself(inputs: Inputs, call: Cli, tmp_path: Path) -> None:

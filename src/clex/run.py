@@ -184,7 +184,9 @@ def run_extend(
         choose_start: try which closed form is the best base curve (`clex.start`) before dynamics
             are fitted on windows of their true lengths, instead of taking `clex.base`.
         field: column or key of the text.
-        start: an extended model to go on from, instead of a fresh extension of `model_name`.
+        start: a result to go on from, instead of a fresh extension of `model_name`: its weights,
+            where it holds all of them, and its extension. Where `clex` is another method, the
+            weights alone, under a fresh extension.
         overwrite: delete what an earlier run left in `out`.
         device: ``auto``, ``cpu``, ``cuda`` ...
         console: where progress and tables go.
@@ -241,24 +243,29 @@ def run_extend(
         _say_result(console, rows, out, load_config(out).native_length)
         return rows
     console.print(f"loading [bold]{model_name}[/bold]")
+    trained = start is not None and _holds_weights(start, model_name)
+    source = start if start is not None and trained else model_name
     frozen = training.depth != "full" and place.type == "cuda" and training.precision != "fp32"
-    dtype = torch.bfloat16 if frozen else torch.float32
-    plain = load_base(model_name, dtype=dtype, device=place)
+    # Weights that were trained are kept as they are: with the result they are saved again.
+    dtype = torch.bfloat16 if frozen and not trained else torch.float32
+    plain = load_base(source, dtype=dtype, device=place)
     tokenizer = load_tokenizer(model_name)
     tokens = load_mixture(list(sources), tokenizer, field)
     if eval_data is None:
         tokens, held_out = split_documents(tokens)
     else:
         held_out = load_tokens(eval_data, tokenizer, field)
+    fresh = start is None
     if start is not None:
         require_loadable(start, plain)
         before = load_config(start)
-        for name in ("method", "preset", "max_scale"):
+        fresh = trained and before.method != clex.method
+        for name in () if fresh else ("method", "preset", "max_scale"):
             if getattr(before, name) != getattr(clex, name):
                 raise ConfigError(
                     f"{start} has {name} {getattr(before, name)}, not {getattr(clex, name)}"
                 )
-        clex = before
+        clex = clex if fresh else before
     with as_method(plain, clex) as probe:
         resolved = config_of(probe)
         if training.depth == "dynamics" and not learned_parameters(probe):
@@ -283,13 +290,15 @@ def run_extend(
         def baseline() -> dict[str, Any]:
             if (out / _BASELINE_FILE).is_file():
                 return dict(read_json(out / _BASELINE_FILE))
+            # The rivals get no training, so that they are those of the model as it was.
+            untrained = load_base(model_name, device=place) if trained and free else plain
             with autocast(place, training.precision):
                 rows = evaluate_methods(
-                    plain, held_out, plan, free, console, token_bytes=sizes, log=log
+                    untrained, held_out, plan, free, console, token_bytes=sizes, log=log
                 )
                 base = None
                 true_lengths = training.depth == "dynamics" and training.train_length is None
-                if choose_start and true_lengths and start is None and clex.method == "clex":
+                if choose_start and true_lengths and fresh and clex.method == "clex":
                     base = choose_base(plain, tokens, clex, seed=training.seed, console=console)
             found = {"rows": [row.to_dict() for row in rows], "base": base}
             write_json(out / _BASELINE_FILE, found)
@@ -300,14 +309,15 @@ def run_extend(
         if before_training["base"] is not None:
             clex = clex.replace(base=before_training["base"])
         torch.manual_seed(training.seed)
-        model = load(start, plain) if start is not None else extend(plain, clex)
+        model = extend(plain, clex) if start is None or fresh else load(start, plain)
         model = train(
             model,
             tokens,
             training,
             out,
-            base_model=model_name,
+            base_model=str(start) if trained and training.depth == "lora" else model_name,
             tokenizer=tokenizer,
+            weights="full" if trained and training.depth == "dynamics" else None,
             console=console,
         )
         if not main:
@@ -325,6 +335,24 @@ def run_extend(
         write_report(rows, out, native, pairs)
     _say_result(console, rows, out, native, pairs)
     return rows
+
+
+def _holds_weights(start: str | Path, model_name: str) -> bool:
+    """Whether a result to go on from brings trained weights along.
+
+    Raises:
+        CheckpointError: it is damaged.
+        ConfigError: it was made from another model, or has an adapter.
+    """
+    weights = read_about(Path(start)).get("weights", "none")
+    if weights == "adapter":
+        raise ConfigError(
+            f"{start} has an adapter, from which no training can go on; start from a result of"
+            " depth 'dynamics' or 'full'"
+        )
+    if weights == "full" and base_name(start) != model_name:
+        raise ConfigError(f"{start} was trained from {base_name(start)!r}, not {model_name!r}")
+    return bool(weights == "full")
 
 
 def _require_same_batch(out: Path, windows: int) -> None:

@@ -19,7 +19,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import processes
@@ -65,6 +66,7 @@ from .training_log import (
 )
 
 DEPTHS: dict[str, Weights] = {"dynamics": "none", "lora": "adapter", "full": "full"}
+CHECKPOINTS_FOLDER = "checkpoints"
 _COMPLETE = "complete.json"
 # A comparison lists the windows of each method, so that they cannot be without number.
 _MOST_WINDOWS = 2**27
@@ -113,7 +115,8 @@ class TrainConfig:
         precision: ``"auto"`` (bfloat16 on GPUs that have it), ``"bf16"`` or ``"fp32"``.
         checkpointing: recompute activations in the backward pass: ``"auto"`` (for windows above
             16,384 tokens), ``"on"`` or ``"off"``.
-        compile: compile the decoder layers with torch.compile.
+        compile: compile the decoder layers with torch.compile, but for windows of true lengths,
+            each of which would be compiled anew.
         report_to: logging integrations of the Trainer; TensorBoard, where it is installed, if not
             given, and ``("none",)`` for none.
 
@@ -221,6 +224,7 @@ def train(
     *,
     base_model: str | None = None,
     tokenizer: Any = None,
+    weights: Weights | None = None,
     console: Console | None = None,
 ) -> nn.Module:
     """Train an extended model and save it to `folder`.
@@ -235,6 +239,7 @@ def train(
         folder: for checkpoints, the log (`log.jsonl`) and the result, which `clex.load` reads.
         base_model: name of the plain model, kept in the result.
         tokenizer: saved with the result where weights are saved.
+        weights: what is saved beside the extension; what `config.depth` trains if not given.
         console: where progress is shown.
 
     Returns:
@@ -249,16 +254,19 @@ def train(
         CheckpointError: the checkpoint to go on from is damaged.
         OutputError: the disk is full, or `folder` cannot be written.
     """
-    folder = Path(folder)
+    folder, weights = Path(folder), weights or DEPTHS[config.depth]
     trainer = make_trainer(model, tokens, config, folder)
     model = trainer.extended
     console = console or Console(stderr=True, quiet=not processes.is_main())
     shown = _Progress(trainer, folder / LOG_FILE, console)
     trainer.add_callback(shown)
-    checkpoint = processes.agreed(lambda: _last_undamaged(folder / "checkpoints"))
+    checkpoint = processes.agreed(lambda: _last_undamaged(folder / CHECKPOINTS_FOLDER))
     trainer.require_same_run(checkpoint)
     try:
-        with processes.others_alive(lambda: _way_on(folder / "checkpoints")):
+        with (
+            processes.others_alive(lambda: _way_on(folder / CHECKPOINTS_FOLDER)),
+            _compiled_layers(trainer),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.whole_weights()
     except pickle.UnpicklingError as error:  # all is read without running what it holds
@@ -271,13 +279,34 @@ def train(
         save(
             model,
             folder,
-            weights=DEPTHS[config.depth],
+            weights=weights,
             base_model=base_model,
-            tokenizer=tokenizer if config.depth != "dynamics" else None,
+            tokenizer=tokenizer if weights != "none" else None,
             state=state,
         )
         draw_training(folder)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _compiled_layers(trainer: ExtensionTrainer) -> Iterator[None]:
+    """Decoder layers run compiled inside the block, where the run asks for it.
+
+    All layers share one graph, and so do the models of several runs in one process.
+    """
+    layers: list[Any] = []
+    if trainer.config.compile and not trainer.true_lengths:
+        # A pass over a few tokens; compiled, it would make the compiler expect any length.
+        trainer.token_loss.check(trainer.windows[0]["input_ids"][None].to(trainer.args.device))
+        modules = trainer.extended.modules()
+        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in layers:  # there is no public way back
+            layer._compiled_call_impl = None
 
 
 def make_trainer(
@@ -293,8 +322,8 @@ def make_trainer(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"method {extension.method!r} has nothing to train at depth 'dynamics'")
     with output_errors(folder):
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    arguments = _arguments(config, folder / "checkpoints", plan.window(plan.max_scale))
+        (folder / CHECKPOINTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    arguments = _arguments(config, folder / CHECKPOINTS_FOLDER, plan.window(plan.max_scale))
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
     )
@@ -417,7 +446,6 @@ def _arguments(config: TrainConfig, folder: Path, longest: int) -> TrainingArgum
         data_seed=config.seed,
         bf16=bf16,
         use_cpu=not cuda,
-        torch_compile=config.compile,
         remove_unused_columns=False,
         dataloader_num_workers=0,
         disable_tqdm=True,

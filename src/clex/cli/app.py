@@ -90,7 +90,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def lengths_of(text: str | None) -> tuple[int, ...] | None:
+def numbers_of(text: str | None, what: str = "lengths") -> tuple[int, ...] | None:
     """The numbers of ``8192,16384``.
 
     Raises:
@@ -102,7 +102,7 @@ def lengths_of(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
-            f"lengths must be whole numbers with commas between, not {text!r}"
+            f"{what} must be whole numbers with commas between, not {text!r}"
         ) from None
 
 

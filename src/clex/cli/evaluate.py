@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, lengths_of, names
+from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, names, numbers_of
 
 
 @evaluate.command("ppl")
@@ -56,12 +56,12 @@ def eval_ppl(
         out,
         max_scale=max_scale,
         evaluation=EvalConfig(
-            lengths=lengths_of(lengths),
+            lengths=numbers_of(lengths),
             documents=documents,
             windows=windows,
             rivals=names(rivals),
             protocols=names(protocols),
-            sliding=lengths_of(sliding),
+            sliding=numbers_of(sliding),
             stride=stride,
             sliding_tokens=sliding_tokens,
             evaluator=evaluator,

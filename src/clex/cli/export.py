@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import TrustRemoteCode, app, lengths_of, scales_of, settings_of
+from .app import TrustRemoteCode, app, numbers_of, scales_of, settings_of
 
 
 class Target(StrEnum):
@@ -124,7 +124,7 @@ def export(
         f" {record.weights}; queries: {record.queries}"
     )
     if verify:
-        parity = exporting.verify(out, lengths=lengths_of(verify_lengths), console=console)
+        parity = exporting.verify(out, lengths=numbers_of(verify_lengths), console=console)
         Console().print(parity.table())
         if not parity.agrees:
             raise typer.Exit(1)

@@ -18,8 +18,8 @@ from .app import (
     Rivals,
     TrustRemoteCode,
     app,
-    lengths_of,
     names,
+    numbers_of,
     settings_of,
 )
 
@@ -185,7 +185,7 @@ def extend(
         clex=clex,
         training=training,
         evaluation=EvalConfig(
-            lengths=lengths_of(eval_lengths),
+            lengths=numbers_of(eval_lengths),
             documents=eval_documents,
             windows=eval_windows,
             rivals=names(rivals),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, TrustRemoteCode, evaluate, lengths_of, names
+from .app import Device, TrustRemoteCode, evaluate, names, numbers_of
 
 
 @evaluate.command("harness")
@@ -75,7 +75,7 @@ def eval_harness(
         max_length=max_length,
         limit=limit,
         chat=chat,
-        ruler_lengths=lengths_of(ruler_lengths) or (),
+        ruler_lengths=numbers_of(ruler_lengths) or (),
         batch_tokens=batch_tokens,
         precision=precision,
     )

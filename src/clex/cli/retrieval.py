@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, lengths_of, names
+from .app import Device, Field, Lengths, Rivals, TrustRemoteCode, evaluate, names, numbers_of
 
 _Model = Annotated[str, typer.Argument(help="A plain model, or a result of clex extend.")]
 _Out = Annotated[Path, typer.Option(help="Folder for results.json, cells.csv and heat maps.")]
@@ -42,7 +42,7 @@ def eval_passkey(
 
     config = RetrievalConfig(
         task="passkey",
-        lengths=lengths_of(lengths),
+        lengths=numbers_of(lengths),
         depths=_spread(depths),
         needles=needles,
         distractors=distractors,
@@ -79,7 +79,7 @@ def eval_needle(
 
     config = RetrievalConfig(
         task="needle",
-        lengths=lengths_of(lengths),
+        lengths=numbers_of(lengths),
         depths=_spread(depths),
         needles=needles,
         hidden=hidden,

@@ -39,6 +39,7 @@ class Job:
         seed: of its training.
         training: how it is trained; ``None`` where it is not.
         tokens: tokens that its training reads.
+        before: tokens that the trainings of the method it starts from have read.
         work: forward passes over a token, of training and measuring together; tasks of the harness
             are not counted.
     """
@@ -47,6 +48,7 @@ class Job:
     seed: int
     training: TrainConfig | None
     tokens: int
+    before: int
     work: int
 
     @property
@@ -135,20 +137,22 @@ def make_plan(recipe: Recipe) -> Plan:
             texts = list(read_documents(find_files(TEXT_OF_NEEDLES)))
             Haystacks(tokenizer, task, texts)  # says whether the lengths can hold a question
             read += task.needles * (len(task.depths) + 1) * sum(task.lengths)
-    jobs = []
+    jobs: list[Job] = []
     for method in recipe.methods:
         for seed in recipe.seeds_of(method):
             training, trained_tokens = None, 0
+            before = sum(
+                job.before + job.tokens
+                for job in jobs
+                if job.method.name == method.start and job.seed == seed
+            )
             if method.trained:
                 training = recipe.training(method, seed)
                 windows = _window_sizes(resolved[method.name], training, tokens)
                 _check_equal(recipe, method, windows, resolved, seed, tokens)
                 trained_tokens = sum(windows)
-            jobs.append(
-                Job(
-                    method, seed, training, trained_tokens, _TRAINING_PASSES * trained_tokens + read
-                )
-            )
+            work = _TRAINING_PASSES * trained_tokens + (read if method.measured else 0)
+            jobs.append(Job(method, seed, training, trained_tokens, before, work))
     return Plan(recipe, native, perplexity, passkey, needle, held_out, tuple(jobs))
 
 
@@ -202,11 +206,20 @@ def plan_table(plan: Plan, jobs: tuple[Job, ...]) -> Table:
             job.method.name,
             how(job.method, job.training),
             str(job.seed),
-            f"{job.tokens:,}" if job.tokens else "-",
+            tokens_of(job),
             f"{job.work / work:.0%}",
             f"deviates: {job.method.deviates}" if job.method.deviates else budget,
         )
     return result
+
+
+def tokens_of(job: Job) -> str:
+    """The tokens that a job's model has been trained on, for a table."""
+    if not job.tokens:
+        return "-"
+    if not job.before:
+        return f"{job.tokens:,}"
+    return f"{job.before:,} + {job.tokens:,} = {job.before + job.tokens:,}"
 
 
 def how(method: Method, training: TrainConfig | None) -> str:

@@ -120,7 +120,9 @@ class Method:
         trained: whether weights or dynamics move; if not, the method costs nothing.
         training: values of `TrainConfig` that differ from the budget.
         weights: another method, whose trained weights this one reads with its own frequencies.
-        start: another method, from whose result the training goes on.
+        start: another method, from whose result the training goes on: from its weights and its
+            extension, or from its weights alone where that is another method than this.
+        measured: whether it is a row of the report, and not only what others build on.
         choose_base: try which closed form is the best base curve.
         deviates: why the budget differs; ``None`` where it does not.
     """
@@ -132,6 +134,7 @@ class Method:
     training: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     start: str | None = None
+    measured: bool = True
     choose_base: bool = False
     deviates: str | None = None
 
@@ -245,6 +248,7 @@ class _MethodTable:
     options: Mapping[str, Any] | None = None
     post: tuple[str, ...] | None = None
     train: bool = True
+    measure: bool = True
     weights: str | None = None
     start: str | None = None
     deviates: str | None = None
@@ -257,10 +261,6 @@ def parse_recipe(content: Mapping[str, Any], text: str, folder: Path) -> Recipe:
     top = _Top(**_checked(_Top, content, "the recipe"))
     if not top.methods:
         raise ConfigError("the recipe has no [methods.NAME] table")
-    if not top.seeds or len(set(top.seeds)) < len(top.seeds):
-        raise ConfigError(f"seeds must be one or more different numbers, not {list(top.seeds)}")
-    if len(top.seeds) > _MOST_SEEDS:
-        raise ConfigError(f"{len(top.seeds)} seeds are too many (valid: up to {_MOST_SEEDS})")
     budget = _checked(TrainConfig, top.budget, "[budget]", (*EQUAL, *OWN, *_RUNNING))
     with _named("[budget]"):
         TrainConfig(**budget)
@@ -284,13 +284,50 @@ def parse_recipe(content: Mapping[str, Any], text: str, folder: Path) -> Recipe:
         else None,
         text_field=top.field,
         max_scale=top.max_scale,
-        seeds=top.seeds,
+        seeds=_checked_seeds(top.seeds),
         reference=reference,
         budget=budget,
         **_evaluation(top.evaluation, folder),
         methods=tuple(methods),
         text=text,
     )
+
+
+def with_changes(
+    recipe: Recipe,
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    seeds: tuple[int, ...] = (),
+) -> Recipe:
+    """A recipe for other texts or seeds; paths are taken as they are.
+
+    Args:
+        recipe: what is changed.
+        data: training text; with it the recipe's own `eval_data` goes.
+        eval_data: held-out text; a tenth of the documents of `data` if only that is given.
+        seeds: of the trainings.
+
+    Raises:
+        ConfigError: a seed is given twice, or there are too many.
+    """
+    changes: dict[str, Any] = {}
+    if data is not None:
+        changes["data"] = _text(data, 0, Path())
+        changes["eval_data"] = _text(data, 1, Path()) if data in BUNDLED_TEXT else None
+    if eval_data is not None:
+        changes["eval_data"] = _text(eval_data, 1, Path())
+    if seeds:
+        changes["seeds"] = _checked_seeds(seeds)
+    return dataclasses.replace(recipe, **changes)
+
+
+def _checked_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds must be one or more different numbers, not {list(seeds)}")
+    if len(seeds) > _MOST_SEEDS:
+        raise ConfigError(f"{len(seeds)} seeds are too many (valid: up to {_MOST_SEEDS})")
+    return seeds
 
 
 def _evaluation(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -348,7 +385,8 @@ def _method(name: str, table: Any, shared: Mapping[str, Any], budget: Mapping[st
         clex = ClexConfig.from_dict(
             {k: v for k, v in {**shared, **values}.items() if v is not None}
         )
-    training = _checked(TrainConfig, given.training, f"{where} training", (*EQUAL, *OWN))
+    keys = (*EQUAL, *OWN, *_RUNNING)
+    training = _checked(TrainConfig, given.training, f"{where} training", keys)
     trained = given.train and given.weights is None
     if not trained and (training or given.start or given.deviates):
         raise ConfigError(f"{where} is not trained: training, start and deviates do not apply")
@@ -373,6 +411,7 @@ def _method(name: str, table: Any, shared: Mapping[str, Any], budget: Mapping[st
         training=training,
         weights=given.weights,
         start=given.start,
+        measured=given.measure,
         choose_base=choose,
         deviates=given.deviates,
     )
@@ -397,6 +436,12 @@ def _check_links(methods: list[Method], budget: Mapping[str, Any]) -> None:
                 raise ConfigError(
                     f"[methods.{method.name}] weights = {other!r}: depth {depth!r} leaves the"
                     " weights as they are; use train = false"
+                )
+            ours, theirs = method.clex.method, seen[other].clex.method
+            if key == "start" and ours != theirs and DEPTHS[depth] != "full":
+                raise ConfigError(
+                    f"[methods.{method.name}] start = {other!r}: depth {depth!r} leaves no weights"
+                    f" to go on from, and its dynamics are those of {theirs!r}, not of {ours!r}"
                 )
         seen[method.name] = method
 

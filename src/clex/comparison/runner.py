@@ -22,13 +22,13 @@ from rich.console import Console
 from torch import nn
 
 from ..errors import ClexError, OutputError
-from ..files import read_json, write_json
+from ..files import new_file, new_folder, read_json, write_json
 from ..hf.checkpoint import load
 from ..hf.extend import extend, restore
 from ..hf.models import load_base
 from ..run import EvalConfig, autocast, choose_device, run_extend
 from ..run_folder import claimed, holds_run, versions
-from ..training import TrainConfig
+from ..training import CHECKPOINTS_FOLDER, TrainConfig
 from .measures import Subject, measures_of
 from .plan import (
     FAILURES_FILE,
@@ -40,7 +40,7 @@ from .plan import (
     make_plan,
     plan_table,
 )
-from .recipe import BASE, read_recipe
+from .recipe import BASE, read_recipe, with_changes
 from .summary import summarise
 from .writing import write_comparison
 
@@ -52,6 +52,10 @@ def run_compare(
     out: str | Path,
     *,
     only: tuple[str, ...] = (),
+    data: str | None = None,
+    eval_data: str | None = None,
+    seeds: tuple[int, ...] = (),
+    join: tuple[str | Path, ...] = (),
     dry_run: bool = False,
     overwrite: bool = False,
     device: str = "auto",
@@ -67,6 +71,9 @@ def run_compare(
         recipe_path: TOML, see `clex.comparison.recipe`.
         out: folder for ``results.json``, ``results.csv``, pictures, ``report.html`` and the models.
         only: methods to run now (with those that they build on); all if empty.
+        data, eval_data, seeds: in place of the recipe's, see `clex.comparison.recipe.with_changes`.
+        join: folders of other runs of this recipe, with other methods or seeds: what they hold and
+            `out` does not is copied first.
         dry_run: only print what would be run.
         overwrite: delete what earlier runs of these methods left.
         device: ``auto``, ``cpu``, ``cuda`` ...
@@ -79,7 +86,8 @@ def run_compare(
         ClexError: recipe, model, texts or folder are wrong. Nothing has been run then.
     """
     console, out = console or Console(stderr=True), Path(out)
-    recipe, place = read_recipe(recipe_path), choose_device(device)
+    changes = {"data": data, "eval_data": eval_data, "seeds": seeds}
+    recipe, place = with_changes(read_recipe(recipe_path), **changes), choose_device(device)
     for name in only:
         recipe.method(name)
     console.print(f"reading [bold]{recipe.model}[/bold] and texts")
@@ -89,11 +97,18 @@ def run_compare(
     if dry_run:
         return []
     command = ["clex", "compare", str(recipe_path), "--out", str(out)]
-    for name in only:
-        command += ["--only", name]
+    command += ["--only", ",".join(only)] if only else []
+    command += ["--data", data] if data else []
+    command += ["--eval-data", eval_data] if eval_data else []
+    command += ["--seeds", ",".join(map(str, seeds))] if seeds else []
+    for folder in join:
+        command += ["--join", str(folder)]
     command += ["--device", device] if device != "auto" else []
     command += ["--overwrite"] if overwrite else []
     settings = {"command": "compare", "model": recipe.model}
+    for folder in join:
+        if not holds_run(Path(folder), settings, False, "clex compare"):
+            raise OutputError(f"{folder} holds no comparison to join")
     holds_run(out, settings, False, "clex compare")
     run = Run(plan, out, place, console)
     if not overwrite:
@@ -103,6 +118,8 @@ def run_compare(
             for job in jobs:
                 shutil.rmtree(out / job.folder, ignore_errors=True)
         commands = read_json(out / COMMANDS_FILE) if (out / COMMANDS_FILE).is_file() else []
+        for folder in join:
+            commands += _join(Path(folder), out, plan)
         commands.append({"command": shlex.join(command), "started": now(), "versions": versions()})
         write_json(out / COMMANDS_FILE, commands)
         failures = run.all(jobs)
@@ -111,6 +128,20 @@ def run_compare(
         console.print(f"[red]failed[/red] {line}", highlight=False)
     console.print(f"in [bold]{out}[/bold]: report.html, results.json, results.csv, pictures")
     return failures
+
+
+def _join(folder: Path, out: Path, plan: Plan) -> list[Any]:
+    """Copy from `folder` the jobs that `out` does not have; the commands that made them."""
+    new = [job for job in plan.jobs if (folder / job.folder).is_dir()]
+    new = [job for job in new if not (out / job.folder).exists()]
+    for job in new:
+        with new_folder(out / job.folder) as temporary:
+            shutil.copytree(folder / job.folder, temporary, dirs_exist_ok=True)
+    for file in folder.glob("key-tokens-*.json"):
+        if not (out / file.name).exists():
+            with new_file(out / file.name) as path:
+                shutil.copyfile(file, path)
+    return list(read_json(folder / COMMANDS_FILE)) if new else []
 
 
 class Run:
@@ -153,7 +184,10 @@ class Run:
 
     def finished(self, job: Job) -> bool:
         """Whether there is nothing left to do."""
-        return self._trained(job) and all(self.measured(job, name) for name in self.measures)
+        return self._trained(job) and all(self.measured(job, name) for name in self._names(job))
+
+    def _names(self, job: Job) -> list[str]:
+        return list(self.measures) if job.method.measured else []
 
     def one(self, job: Job) -> list[str]:
         """Train and measure; returns a line for each failure, which is kept in the folder too."""
@@ -164,7 +198,7 @@ class Run:
             if not self._trained(job):
                 self._train(job)
         model = None
-        for name in self.measures:
+        for name in self._names(job):
             if "training" in errors or self.measured(job, name):
                 continue
             with self._noted(job, name, errors):
@@ -219,6 +253,7 @@ class Run:
             console=self.console,
         )
         self._finish(folder / TRAINED_FILE, self._training_settings(job), started)
+        shutil.rmtree(folder / MODEL_FOLDER / CHECKPOINTS_FOLDER, ignore_errors=True)
 
     def measured(self, job: Job, name: str) -> bool:
         """Whether a measure is there, made of this model and with these settings."""

@@ -387,6 +387,7 @@ def _method(plan: Plan, method: Method, out: Path, fresh: Fresh) -> Cell:
         "weights": method.weights,
         "deviates": method.deviates,
         "tokens": jobs[0].tokens,
+        "tokens_before": jobs[0].before,
         "train_seconds": _mean([run["train_seconds"] for run in runs]),
         "measure_seconds": _mean([run["measure_seconds"] for run in runs]),
         "state": states.pop() if len(states) == 1 else "in part",
@@ -398,11 +399,12 @@ def _method(plan: Plan, method: Method, out: Path, fresh: Fresh) -> Cell:
 
 def _run(plan: Plan, job: Job, out: Path, fresh: Fresh) -> Cell:
     folder = out / job.folder
-    names = list(measures_of(plan))
+    names = list(measures_of(plan)) if job.method.measured else []
     done = [name for name in names if fresh(job, name)]
-    state = "done" if len(done) == len(names) else "in part" if done else "not run"
-    seconds = [read_json(folder / f"{name}.json")["seconds"] for name in done]
     trained = folder / TRAINED_FILE
+    whole = len(done) == len(names) and (job.training is None or trained.is_file())
+    state = "done" if whole else "in part" if done else "not run"
+    seconds = [read_json(folder / f"{name}.json")["seconds"] for name in done]
     return {
         "seed": job.seed,
         "state": "failed" if (folder / FAILURES_FILE).is_file() else state,

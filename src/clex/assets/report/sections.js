@@ -280,7 +280,7 @@ function budget() {
       h("thead", null, h("tr", null, ["method", "how", "training tokens", "training time", "measuring time", "budget", "state"].map((n, i) => h("th", { scope: "col", class: i > 1 && i < 5 ? "number" : null, style: i >= 5 ? "padding-left:16px" : null }, n)))),
       h("tbody", null, report.methods.map((m) => h("tr", null, named(m.name),
         h("td", null, m.how),
-        h("td", { class: "number" }, m.tokens ? grouped(m.tokens) : "–"),
+        h("td", { class: "number" }, m.tokens ? (m.tokens_before ? `${grouped(m.tokens_before)} + ` : "") + grouped(m.tokens) : "–"),
         h("td", { class: "number" }, duration(m.train_seconds)),
         h("td", { class: "number" }, duration(m.measure_seconds)),
         h("td", { style: "padding-left:16px" }, m.deviates ? [h("span", { class: "mark" }, "deviates: "), m.deviates] : m.trained && !m.weights ? "equal" : "–"),
