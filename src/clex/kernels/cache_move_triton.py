@@ -22,6 +22,7 @@ _WARPS = 4
 # Pairs of one head that a program holds at a time, and heads.
 _PAIRS_AT_ONCE = 1024
 _HEADS_AT_ONCE = 2
+_EVICT = ""  # SWEEP
 
 
 @triton.jit(do_not_specialize=["slots", "heads", "each", "total"])
@@ -30,6 +31,7 @@ def _turn(
     position_row, position_slot, turn_row, ratio_row, slots, heads, each, total,
     SLOTS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
     """Heads are counted through all layers: `heads` of each, `total` in all, `each` a program."""
     start, row = tl.program_id(0) * SLOTS, tl.program_id(2)
@@ -42,7 +44,7 @@ def _turn(
     turn = position[:, None] * share[None, :]
     angle = ((turn - tl.floor(turn + 0.5)) * 6.283185307179586).to(tl.float32)
     a = tl.load(ratio + row * ratio_row)
-    cos, sin = (tl.cos(angle) * a)[None, :, :], (tl.sin(angle) * a)[None, :, :]
+    cos, sin = (tl.cos(angle) * a)[:, None, :], (tl.sin(angle) * a)[:, None, :]
     first = local[:, None] * key_slot + (2 * f if INTERLEAVED else f)[None, :] * key_entry
     other = (2 * f + 1 if INTERLEAVED else f + PAIRS)[None, :] * key_entry
     other += local[:, None] * key_slot
@@ -51,16 +53,16 @@ def _turn(
     to_head = tl.minimum(from_head + each, total)
     for one in range(from_head, to_head, HEADS):
         head = one + tl.arange(0, HEADS)
-        wanted = (head < to_head)[:, None, None] & mask[None, :, :]
+        wanted = (head < to_head)[None, :, None] & mask[:, None, :]
         layer = tl.load(addresses + head // heads, mask=head < to_head, other=0)
         keys = tl.multiple_of(layer.to(tl.pointer_type(TYPE)), ALIGNED)
         keys += begin + (head % heads).to(tl.int64) * key_head
-        x_at = keys[:, None, None] + first[None, :, :]
-        y_at = keys[:, None, None] + other[None, :, :]
-        x = tl.load(x_at, mask=wanted, other=0.0).to(tl.float32)
-        y = tl.load(y_at, mask=wanted, other=0.0).to(tl.float32)
-        tl.store(x_at, (x * cos - y * sin).to(TYPE), mask=wanted)
-        tl.store(y_at, (y * cos + x * sin).to(TYPE), mask=wanted)
+        x_at = keys[None, :, None] + first[:, None, :]
+        y_at = keys[None, :, None] + other[:, None, :]
+        x = tl.load(x_at, mask=wanted, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        y = tl.load(y_at, mask=wanted, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        tl.store(x_at, (x * cos - y * sin).to(TYPE), mask=wanted, eviction_policy=EVICT)
+        tl.store(y_at, (y * cos + x * sin).to(TYPE), mask=wanted, eviction_policy=EVICT)
 
 
 def turn_alike(
@@ -83,7 +85,8 @@ def turn_alike(
     block = triton.next_power_of_2(pairs)
     count = min(triton.next_power_of_2(slots), max(1, _PAIRS_AT_ONCE // block))
     blocks = triton.cdiv(slots, count)
-    each = triton.cdiv(total, triton.cdiv(_PROGRAMS, blocks * rows))
+    steps = triton.cdiv(total, _HEADS_AT_ONCE)
+    each = _HEADS_AT_ONCE * triton.cdiv(steps, triton.cdiv(_PROGRAMS, blocks * rows))
     turns = (delta / (2 * math.pi)).contiguous()
     with torch.cuda.device_of(one):
         # From pageable memory, but so few bytes that the host does not wait for the device.
@@ -95,6 +98,7 @@ def turn_alike(
             SLOTS=count, HEADS=_HEADS_AT_ONCE, PAIRS=pairs, BLOCK=block,
             INTERLEAVED=interleaved, TYPE=_TYPES[one.dtype],
             ALIGNED=reduce(math.gcd, addresses, 16), num_warps=_WARPS,
+            EVICT=_EVICT,
         )  # fmt: skip
 
 
