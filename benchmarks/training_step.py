@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> Log:
     parser = common_arguments(__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=15.0, help="most for each case")
     parser.add_argument("--forms", default="eager,compiled")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
     args = parser.parse_args(arguments)
     # The forms may be measured in two calls, which must not write into one file.
     log = Log(
@@ -85,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> Log:
         args.out,
         {"device": args.device, "dtype": "bfloat16"},
     )
-    for case in [("tiny", 2, 50)] if args.small else CASES:
+    cases = (("tiny", 2, 50),) if args.small else CASES
+    for case in cases:
+        if not f"{case[0]}, {case[1]} x {case[2]:,}".startswith(args.only):
+            continue
         for form in args.forms.split(","):
             run_case(log, case, form == "compiled", args)
     return log

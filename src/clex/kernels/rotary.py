@@ -44,9 +44,7 @@ def rotate(
     """
     inputs = q, k, positions, inv_freq, factor, interleaved, dtype
     if torch.compiler.is_compiling():
-        # In training the compiler makes one kernel of plain operations, backward as well, and calls
-        # it for less than an operator of ours, which waits for the host twice in each layer.
-        return _plain(*inputs) if torch.is_grad_enabled() else rotate_operator(*inputs)
+        return rotate_operator(*inputs)
     # An operator costs the host as much again as the launch of its kernel.
     turned: tuple[Tensor, Tensor] = _Rotate.apply(*inputs)
     return turned
@@ -76,39 +74,16 @@ def _rotate(
         from .rotary_triton import forward
 
         return forward(q, k, positions, inv_freq, factor, interleaved, dtype)
-    turned = _plain(q, k, positions, inv_freq, factor, interleaved, dtype)
-    q, k = (token_major(x, x.dtype).copy_(x) for x in turned)
+    cos, sin = _cos_sin(positions, inv_freq, factor, dtype)
+    q, k = (
+        token_major(x, torch.promote_types(x.dtype, dtype)).copy_(_turned(x, cos, sin, interleaved))
+        for x in (q, k)
+    )
     return q, k
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    factor: Tensor,
-    interleaved: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    cos, sin = _cos_sin(positions, inv_freq, factor, dtype)
-    return _turned(q, cos, sin, interleaved), _turned(k, cos, sin, interleaved)
-
-
-rotate_operator = torch.library.custom_op("clex::rotate", _rotate, mutates_args=())
-
-
-@rotate_operator.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    factor: Tensor,
-    interleaved: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    q_type, k_type = (torch.promote_types(x.dtype, dtype) for x in (q, k))
-    return token_major(q, q_type), token_major(k, k_type)
+# The compiler sees the kernels inside of these and launches them itself, without Python.
+rotate_operator = torch.library.triton_op("clex::rotate", _rotate, mutates_args=())
 
 
 def _rotate_backward(
@@ -150,30 +125,9 @@ def _rotate_backward(
     return grads[0], grads[1], by_row[0] + by_row[1]
 
 
-backward_operator = torch.library.custom_op(
+backward_operator = torch.library.triton_op(
     "clex::rotate_backward", _rotate_backward, mutates_args=()
 )
-
-
-@backward_operator.register_fake
-def _(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    out: list[Tensor],
-    positions: Tensor,
-    inv_freq: Tensor,
-    factor: Tensor,
-    interleaved: bool,
-    dtype: torch.dtype,
-    q_dtype: torch.dtype,
-    k_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = len(grad_q) if out else 0
-    return (
-        token_major(grad_q, q_dtype),
-        token_major(grad_k, k_dtype),
-        inv_freq.new_empty(rows, inv_freq.shape[1] + 1),
-    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
