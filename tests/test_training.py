@@ -17,7 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import clex
 import tiny
@@ -564,3 +565,33 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses)
     run(tmp_path / "without", report_to=("none",))
     assert not (tmp_path / "without" / "tensorboard").exists()
+
+
+# Compiled layers.
+
+
+def test_runs_share_their_compiled_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses, one graph for all layers of both runs, and models that are plain after."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        GradientCheckpointingLayer,
+        "compile",
+        lambda self, **options: nn.Module.compile(self, backend=backend, **options),
+    )
+    torch.compiler.reset()
+    settings = {"depth": "full", "train_length": 64, "batch_size": 2, "steps": 2}
+    run(tmp_path / "eager", make(), **settings)
+    assert not graphs
+    for name in ("first", "second"):
+        model = run(tmp_path / name, make(), **settings, compile=True)
+        losses = [[r["loss"] for r in read_log(tmp_path / folder)] for folder in (name, "eager")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(graphs) == 1
+    tiny.logits(model, tiny.make_ids(1, 40))
+    run(tmp_path / "true", compile=True)  # windows of all lengths
+    assert len(graphs) == 1

@@ -344,7 +344,7 @@ def _holds_weights(start: str | Path, model_name: str) -> bool:
         CheckpointError: it is damaged.
         ConfigError: it was made from another model, or has an adapter.
     """
-    weights = read_about(Path(start)).get("weights", "none")
+    weights = read_about(start).get("weights", "none")
     if weights == "adapter":
         raise ConfigError(
             f"{start} has an adapter, from which no training can go on; start from a result of"

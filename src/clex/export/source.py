@@ -51,7 +51,7 @@ class Source:
         if is_checkpoint(name):
             if clex is not None:
                 raise ConfigError(f"{name} has a method of its own; leave out --method")
-            about = read_about(Path(name))
+            about = read_about(name)
             weights = str(about.get("weights", "none"))
             base = str(about.get("base_model") or name) if weights == "full" else base_name(name)
             clex = ClexConfig.from_dict(about["clex"])

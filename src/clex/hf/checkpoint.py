@@ -22,11 +22,13 @@ from ..files import new_files, read_json, write_json
 from ..version import __version__
 from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from .extend import config_of, extend, require_extension, restore
-from .models import load_base
+from .models import assets_folder, load_base
 from .rotary import ScaledRope
 
 CONFIG_FILE = "clex_config.json"
 WEIGHTS_FILE = "clex.safetensors"
+# Results that come with the package: dynamics alone, for the plain model that they name.
+READY_MADE = ("smollm2-dynamics",)
 Weights = Literal["none", "adapter", "full"]
 
 # Weight files of transformers.
@@ -120,9 +122,15 @@ def weight_digests(folder: Path) -> dict[str, str]:
     return digests_of(folder, [n for n in names if n in ours or _HOST_WEIGHTS.fullmatch(n)])
 
 
+def result_folder(name: str | Path) -> Path:
+    """Where a result is: a folder, or one of `READY_MADE` by its name."""
+    return assets_folder() / str(name) if str(name) in READY_MADE else Path(name)
+
+
 def is_checkpoint(folder: str | Path) -> bool:
-    """Whether `folder` holds an extension that `save` finished."""
-    return os.path.isfile(Path(folder) / CONFIG_FILE)  # False for any text that is no path
+    """Whether `folder` (see `result_folder`) holds an extension that `save` finished."""
+    # False for any text that is no path.
+    return os.path.isfile(result_folder(folder) / CONFIG_FILE)
 
 
 def load(
@@ -136,7 +144,7 @@ def load(
     """Load an extended model.
 
     Args:
-        folder: written by `save` or by ``clex extend``.
+        folder: written by `save` or by ``clex extend``; or a name of `READY_MADE`.
         model: a plain model to extend; if not given, the weights in the folder, or else the base
             model that the folder names, are loaded.
         dtype: of the weights, where they are loaded here.
@@ -149,7 +157,7 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another model.
     """
-    folder = Path(folder)
+    folder = result_folder(folder)
     about = read_about(folder)
     weights = about.get("weights", "none")
     if model is None:
@@ -170,12 +178,13 @@ def load(
     return model.eval()
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """What `save` wrote beside the weights.
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """What `save` wrote beside the weights in `folder` (see `result_folder`).
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    folder = result_folder(folder)
     about = read_json(folder / CONFIG_FILE)
     if not isinstance(about, dict) or not isinstance(about.get("clex"), dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} has no 'clex' section")
@@ -231,7 +240,7 @@ def require_loadable(folder: str | Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another model.
     """
-    folder = Path(folder)
+    folder = result_folder(folder)
     _load_extension(folder, read_about(folder), model)
     restore(model)
 
@@ -313,7 +322,7 @@ def load_config(folder: str | Path) -> ClexConfig:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    return ClexConfig.from_dict(read_about(Path(folder))["clex"])
+    return ClexConfig.from_dict(read_about(folder)["clex"])
 
 
 def base_name(folder: str | Path) -> str:
@@ -322,7 +331,7 @@ def base_name(folder: str | Path) -> str:
     Raises:
         CheckpointError: it names none.
     """
-    name = read_about(Path(folder)).get("base_model")
+    name = read_about(folder).get("base_model")
     if not name:
         raise CheckpointError(f"{folder} names no base model")
     return str(name)

@@ -17,6 +17,7 @@ from .checkpoint import (
     load_extension_state,
     read_about,
     require_loadable,
+    result_folder,
 )
 from .extend import extend
 from .models import load_host_config
@@ -49,7 +50,7 @@ def load_skeleton(name: str | Path) -> nn.Module:
     """
     if not is_checkpoint(name):
         return skeleton_of(load_host_config(name))
-    folder = Path(name)
+    folder = result_folder(name)
     about = read_about(folder)
     full = about.get("weights") == "full"
     model = skeleton_of(load_host_config(folder if full else base_name(folder)))
