@@ -9,13 +9,14 @@ rotated vector, turned by a quarter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layout import token_major
-from .switch import active
+from .switch import active, has_triton
 
 
 def rotate(
@@ -82,8 +83,20 @@ def _rotate(
     return q, k
 
 
-# The compiler sees the kernels inside of these and launches them itself, without Python.
-rotate_operator = torch.library.triton_op("clex::rotate", _rotate, mutates_args=())
+def _operator(name: str, function: Callable[..., Any]) -> Any:
+    """`function` as an operator, in which the compiler sees kernels and launches them itself.
+
+    So a compiled model does not wait for Python twice in each layer. Without Triton the compiler
+    takes it as it is.
+    """
+    if has_triton():
+        return torch.library.triton_op(name, function, mutates_args=())
+    operator = torch.library.custom_op(name, function, mutates_args=())
+    operator.register_fake(function)
+    return operator
+
+
+rotate_operator = _operator("clex::rotate", _rotate)
 
 
 def _rotate_backward(
@@ -125,9 +138,7 @@ def _rotate_backward(
     return grads[0], grads[1], by_row[0] + by_row[1]
 
 
-backward_operator = torch.library.triton_op(
-    "clex::rotate_backward", _rotate_backward, mutates_args=()
-)
+backward_operator = _operator("clex::rotate_backward", _rotate_backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
