@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from .config import ClexConfig
-from .data import load_tokens, read_documents
+from .data import load_tokens
 from .errors import ConfigError, unknown
 from .evaluation.perplexity import Row
 from .evaluation.report import tables, write_report

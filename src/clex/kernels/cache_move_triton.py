@@ -17,12 +17,11 @@ from torch import Tensor
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Programs for each launch: many times what a large GPU runs at once, so that its last ones leave
 # little of it idle, and few enough that angles are shared by many heads.
-_PROGRAMS = 8192
+_PROGRAMS = 32768
 _WARPS = 4
 # Pairs of one head that a program holds at a time, and heads.
 _PAIRS_AT_ONCE = 1024
 _HEADS_AT_ONCE = 2
-_EVICT = ""  # SWEEP
 
 
 @triton.jit(do_not_specialize=["slots", "heads", "each", "total"])
@@ -31,7 +30,6 @@ def _turn(
     position_row, position_slot, turn_row, ratio_row, slots, heads, each, total,
     SLOTS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    EVICT: tl.constexpr,
 ):  # fmt: skip
     """Heads are counted through all layers: `heads` of each, `total` in all, `each` a program."""
     start, row = tl.program_id(0) * SLOTS, tl.program_id(2)
@@ -59,10 +57,10 @@ def _turn(
         keys += begin + (head % heads).to(tl.int64) * key_head
         x_at = keys[None, :, None] + first[:, None, :]
         y_at = keys[None, :, None] + other[:, None, :]
-        x = tl.load(x_at, mask=wanted, other=0.0, eviction_policy=EVICT).to(tl.float32)
-        y = tl.load(y_at, mask=wanted, other=0.0, eviction_policy=EVICT).to(tl.float32)
-        tl.store(x_at, (x * cos - y * sin).to(TYPE), mask=wanted, eviction_policy=EVICT)
-        tl.store(y_at, (y * cos + x * sin).to(TYPE), mask=wanted, eviction_policy=EVICT)
+        x = tl.load(x_at, mask=wanted, other=0.0).to(tl.float32)
+        y = tl.load(y_at, mask=wanted, other=0.0).to(tl.float32)
+        tl.store(x_at, (x * cos - y * sin).to(TYPE), mask=wanted)
+        tl.store(y_at, (y * cos + x * sin).to(TYPE), mask=wanted)
 
 
 def turn_alike(
@@ -98,7 +96,6 @@ def turn_alike(
             SLOTS=count, HEADS=_HEADS_AT_ONCE, PAIRS=pairs, BLOCK=block,
             INTERLEAVED=interleaved, TYPE=_TYPES[one.dtype],
             ALIGNED=reduce(math.gcd, addresses, 16), num_warps=_WARPS,
-            EVICT=_EVICT,
         )  # fmt: skip
 
 
