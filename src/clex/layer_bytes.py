@@ -55,9 +55,9 @@ AUTOCAST = Traffic(
     kept=Widths(26, 8, 8),
     working=Widths(6, 0, 4),
 )
-# All weights gathered in bfloat16 (FSDP2): the stream is bfloat16, norms are float32 inside. Forward,
-# hidden: 2 x 36 for the norms, 2 x 6 for the sums. Products share an input: two are kept, with a
-# float32 and a bfloat16 copy for each norm.
+# All weights gathered in bfloat16 (FSDP2): the stream is bfloat16, norms are float32 inside.
+# Forward, hidden: 2 x 36 for the norms, 2 x 6 for the sums. Products share an input: two are kept,
+# with a float32 and a bfloat16 copy for each norm.
 SHARDED = Traffic(
     stream=2,
     forward=Widths(84, 4, 10),
@@ -73,8 +73,9 @@ FROZEN = Traffic(
     kept=Widths(8, 4, 6),
     working=Widths(4, 0, 4),
 )
-# Adapters on all seven products: inputs go to float32 and back (12 bytes of each input), outputs are
-# scaled and added (10 of each output), on top of FROZEN. Each keeps a bfloat16 input of its own.
+# Adapters on all seven products: inputs go to float32 and back (12 bytes of each input), outputs
+# are scaled and added (10 of each output), on top of FROZEN. Each keeps a bfloat16 input of its
+# own.
 ADAPTED = Traffic(
     stream=2,
     forward=Widths(164, 26, 42),
