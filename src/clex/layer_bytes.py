@@ -45,6 +45,9 @@ class Traffic(NamedTuple):
 
 
 # All weights in float32 under autocast: the stream is float32, each product casts its input anew.
+# Forward, hidden: 2 x 28 for the norms, 5 x 6 for casts, 2 x 10 for the sums after attention and
+# feed-forward. Backward: 2 x 92 for the norms, 54 for casts and sums of five gradients, 24 for the
+# rest. Kept, hidden: both norms' inputs and normalised values, five bfloat16 inputs of products.
 AUTOCAST = Traffic(
     stream=4,
     forward=Widths(106, 12, 10),
@@ -53,6 +56,8 @@ AUTOCAST = Traffic(
     working=Widths(6, 0, 4),
 )
 # All weights gathered in bfloat16 (FSDP2): the stream is bfloat16, norms are float32 inside.
+# Forward, hidden: 2 x 36 for the norms, 2 x 6 for the sums. Products share an input: two are kept,
+# with a float32 and a bfloat16 copy for each norm.
 SHARDED = Traffic(
     stream=2,
     forward=Widths(84, 4, 10),
@@ -68,7 +73,9 @@ FROZEN = Traffic(
     kept=Widths(8, 4, 6),
     working=Widths(4, 0, 4),
 )
-# Adapters on all seven products: inputs go to float32 and back, outputs are scaled and added.
+# Adapters on all seven products: inputs go to float32 and back (12 bytes of each input), outputs
+# are scaled and added (10 of each output), on top of FROZEN. Each keeps a bfloat16 input of its
+# own.
 ADAPTED = Traffic(
     stream=2,
     forward=Widths(164, 26, 42),

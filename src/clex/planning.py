@@ -324,19 +324,22 @@ def _peak(
     else:
         copies = least = 0.0
     all_gradients = 4.0 * trained / shards
-    # That of the head comes first; FSDP2 keeps it whole, in bfloat16, to the end of the pass.
-    head = (2.0 if layout.sharded else 4.0) * sizes.embedding if full else 0.0
-    first = all_gradients if layout.accumulation > 1 else head
-    buckets = 4.0 * trained if layout.gpus > 1 and not layout.sharded else 0.0  # of DDP
+    # The first that comes is that of the head.
+    first = 4.0 * sizes.embedding / shards if full else 0.0
+    first = all_gradients if layout.accumulation > 1 else first
+    if layout.sharded:  # FSDP2 keeps it whole, in bfloat16, to the end of the pass
+        beside = 2.0 * sizes.embedding if full else 0.0
+    else:  # DDP has its buckets
+        beside = 4.0 * trained if layout.gpus > 1 else 0.0
 
     recomputed = layer if layout.checkpointing else 0.0
     logits = _LOGIT_HELD * min(LOGITS_AT_ONCE, local * sizes.vocabulary)
     in_layer = least if layout.checkpointing else copies
     moments = (
         # In the loss; in the backward pass of the last layer; in that of the first.
-        (everything + ends, logits, first + buckets, copies),
-        (everything + recomputed + working, 0.0, first + buckets, in_layer),
-        (between + recomputed + working, 0.0, all_gradients + buckets, in_layer),
+        (everything + ends, logits, first + beside, copies),
+        (everything + recomputed + working, 0.0, first + beside, in_layer),
+        (between + recomputed + working, 0.0, all_gradients + beside, in_layer),
     )
     return max(moments, key=sum)
 
