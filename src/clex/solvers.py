@@ -56,7 +56,9 @@ def solve(rate: Rate, start: float, end: Tensor, size: int, *, method: str, step
                 options=most,
             )[-1]
         except AssertionError as error:
-            raise ConfigError(f"solver 'dopri5' cannot solve these dynamics: {error}") from error
+            raise ConfigError(
+                f"solver 'dopri5' cannot solve these dynamics ({error}); use solver 'rk4'"
+            ) from error
     step = span / steps
     h = step[:, None]
     for k in range(steps):

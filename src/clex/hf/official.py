@@ -261,11 +261,10 @@ def _settle(scaling: Any, folder: Path) -> None:
     t = torch.arange(1.0, scaling.config.max_scale + 1)
     exact = _in_double(copy.deepcopy(scaling))
     exact.config = exact.config.replace(solver="dopri5")
-    useless = f"{folder}: its dynamics cannot be solved in float32"
     try:
         truth: Tensor = exact.ratio(t.double())
     except ConfigError as error:
-        raise CheckpointError(useless) from error
+        raise CheckpointError(_unsolvable(folder)) from error
     steps, best = scaling.config.steps, (math.inf, scaling.config.steps)
     while steps < MOST_STEPS and best[0] > _SETTLED:
         scaling.config = scaling.config.replace(steps=steps)
@@ -274,10 +273,14 @@ def _settle(scaling: Any, folder: Path) -> None:
         steps *= 2
     apart, steps = best
     if apart > _USELESS:
-        raise CheckpointError(useless)
+        raise CheckpointError(_unsolvable(folder))
     if apart > _SAME:
         warnings.warn(f"{folder}: its frequencies are exact to {apart:.0e} only", stacklevel=4)
     scaling.config = scaling.config.replace(steps=steps)
+
+
+def _unsolvable(folder: Path) -> str:
+    return f"{folder}: its dynamics cannot be solved in float32"
 
 
 def _in_double(scaling: Any) -> Any:
