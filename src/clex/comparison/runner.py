@@ -252,8 +252,9 @@ class Run:
             device=str(self.device),
             console=self.console,
         )
-        self._finish(folder / TRAINED_FILE, self._training_settings(job), started)
+        # Many methods and seeds would fill a disk with states that nothing goes on from.
         shutil.rmtree(folder / MODEL_FOLDER / CHECKPOINTS_FOLDER, ignore_errors=True)
+        self._finish(folder / TRAINED_FILE, self._training_settings(job), started)
 
     def measured(self, job: Job, name: str) -> bool:
         """Whether a measure is there, made of this model and with these settings."""
