@@ -162,6 +162,7 @@ def parse(text: str) -> Recipe:
         ('weights = "plain"', 'weights = "plian"', "must be a trained method above it"),
         ("train = false", "train = false\ntraining = {curriculum = 0.5}", "is not trained"),
         ("[methods.chunks]", "[methods.chunks]\nstart = 'plain'", 'say so: deviates = "..."'),
+        ("[methods.plain]", "[methods.plain]\nmeasure = false", "'plain' has measure = false"),
     ],
 )
 def test_recipe_errors(before: str, after: str, message: str) -> None:

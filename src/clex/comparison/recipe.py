@@ -275,6 +275,8 @@ def parse_recipe(content: Mapping[str, Any], text: str, folder: Path) -> Recipe:
     reference = top.reference or names[1]
     if reference not in names:
         raise ConfigError(unknown("reference", reference, names))
+    if not methods[names.index(reference)].measured:
+        raise ConfigError(f"reference {reference!r} has measure = false; take a measured method")
     return Recipe(
         title=top.title,
         model=_beside(top.model, folder),

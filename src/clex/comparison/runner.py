@@ -86,8 +86,8 @@ def run_compare(
         ClexError: recipe, model, texts or folder are wrong. Nothing has been run then.
     """
     console, out = console or Console(stderr=True), Path(out)
-    recipe = with_changes(read_recipe(recipe_path), data=data, eval_data=eval_data, seeds=seeds)
-    place = choose_device(device)
+    recipe, place = read_recipe(recipe_path), choose_device(device)
+    recipe = with_changes(recipe, data=data, eval_data=eval_data, seeds=seeds)
     for name in only:
         recipe.method(name)
     console.print(f"reading [bold]{recipe.model}[/bold] and texts")
@@ -252,8 +252,9 @@ class Run:
             device=str(self.device),
             console=self.console,
         )
-        self._finish(folder / TRAINED_FILE, self._training_settings(job), started)
+        # Many methods and seeds would fill a disk with states that nothing goes on from.
         shutil.rmtree(folder / MODEL_FOLDER / CHECKPOINTS_FOLDER, ignore_errors=True)
+        self._finish(folder / TRAINED_FILE, self._training_settings(job), started)
 
     def measured(self, job: Job, name: str) -> bool:
         """Whether a measure is there, made of this model and with these settings."""
