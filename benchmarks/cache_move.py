@@ -61,7 +61,7 @@ def run_case(log: Log, name: str, length: int, device: str, repeats: int, peak: 
     positions = torch.arange(length, device=device, dtype=torch.float64)[None]
     one = torch.ones(1, device=device)
     turned = keys[0].clone()
-    turn_keys([turned], positions, delta, one, False, 8192)
+    turn_keys([turned], 0, positions, delta, one, False, 8192)
     error = relative_error(turned, exact_turn(keys[0], delta))
     if not error < 5e-3:
         raise AssertionError(f"keys are off by {error:.2g}")
@@ -75,7 +75,7 @@ def run_case(log: Log, name: str, length: int, device: str, repeats: int, peak: 
     targets = [torch.empty_like(tensor) for tensor in keys]
     ways = {
         "copy": lambda i: [a.copy_(b) for a, b in zip(targets, keys, strict=True)],
-        "turn": lambda i: turn_keys(keys, positions, delta, one, False, 8192),
+        "turn": lambda i: turn_keys(keys, 0, positions, delta, one, False, 8192),
         "move_cache": lambda i: move_cache(model, cache, *next(scales), layouts=layouts),
     }
     timings = time_calls(ways, torch.device(device), repeats=repeats)

@@ -26,7 +26,7 @@ from torch import nn
 
 from clex.config import ClexConfig
 from clex.data import load_tokens
-from clex.evaluation.longppl import key_tokens_of
+from clex.evaluation.longppl import Evaluator, key_tokens_of
 from clex.evaluation.perplexity import (
     PROTOCOLS,
     PerplexityPlan,
@@ -92,7 +92,7 @@ def main() -> None:
         started, worked, keys = time.perf_counter(), time.process_time(), None
         if "longppl" in protocols:
             with as_method(model, yarn) as evaluator:
-                keys = key_tokens_of(evaluator, tokens, plan)
+                keys = key_tokens_of(Evaluator(evaluator), tokens, plan)
         found = time.perf_counter()
         measured = evaluate_methods(
             model, tokens, plan, {"base": None, "yarn": yarn}, token_bytes=sizes, key_tokens=keys

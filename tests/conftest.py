@@ -1,5 +1,6 @@
 """Settings of every test, and the rotary embeddings that they run over."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download
@@ -20,6 +21,12 @@ SHAPES = (
     Shape(head_dim=128, theta=1e4, native_length=4096),
     Shape(head_dim=64, theta=1e4, partial=0.5),
 )
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage, which end every training, need not look through all imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -294,7 +294,7 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "items"
     folder.mkdir()
     questions = [record(context=WORDS * n, input="Who?", answers=["the men"]) for n in (1, 40)]
-    write_items(folder, "qasper.jsonl", questions)
+    write_items(folder, "hotpotqa.jsonl", questions)
     types = record(context="Question: x\nType: Date", answers=["Date"], all_classes=["Date"])
     write_items(folder, "trec.jsonl.gz", [types])
     write_items(tmp_path, "texts.jsonl", [{"text": WORDS * 2}, {"text": WORDS * 5}])
@@ -315,19 +315,19 @@ def test_the_whole_command(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(iter(rows)) == ("base", "texts", "word_perplexity")
     assert len(rows) == 14
     # The longer item does not fit the plain model, whose window is 256 tokens.
-    base, yarn = (rows[m, "longbench_qasper", "score"] for m in ("base", "yarn"))
-    assert (base["cut"], base["longest"], base["scale"]) == (2, NATIVE - 128, 1.0)
+    base, yarn = (rows[m, "longbench_hotpotqa", "score"] for m in ("base", "yarn"))
+    assert (base["cut"], base["longest"], base["scale"]) == (1, NATIVE - 32, 1.0)
     assert yarn["cut"] == 0 and yarn["longest"] > 2 * NATIVE and yarn["scale"] > 2
     # Short texts are read by both alike.
     short = [rows[m, "choices", "acc"] for m in ("base", "yarn")]
     assert [r["value"] for r in short] == [0.5, 0.5] and short[0]["items"] == 2
     cells = {(c["method"], c["category"]): c for c in results["longbench"]}
-    assert cells["yarn", "Single-Doc QA"]["tasks"] == 1
+    assert cells["yarn", "Multi-Doc QA"]["tasks"] == 1
     average = (
-        cells["yarn", "Single-Doc QA"]["score"] + cells["yarn", "Few-shot Learning"]["score"]
+        cells["yarn", "Multi-Doc QA"]["score"] + cells["yarn", "Few-shot Learning"]["score"]
     ) / 2
     assert cells["yarn", "Average"]["score"] == pytest.approx(average)
-    task = json.loads((out / "tasks" / "yarn.longbench_qasper.json").read_text())
+    task = json.loads((out / "tasks" / "yarn.longbench_hotpotqa.json").read_text())
     mean = 100 * np.mean([item["scores"]["score"] for item in task["items"]])
     assert task["scores"][0]["value"] == pytest.approx(mean)
     assert all(isinstance(item["answer"], str) for item in task["items"])

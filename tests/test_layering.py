@@ -42,6 +42,7 @@ PICTURE = (
     ("inspection",),
     ("shards", "shapes"),
     ("data", "training_log"),
+    ("layer_bytes",),
     ("planning",),
     ("training",),
     ("evaluation.haystacks",),

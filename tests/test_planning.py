@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.scaling import planned
 from typer.testing import CliRunner
 
 import tiny
@@ -14,7 +15,7 @@ from clex.cli import app
 from clex.errors import ConfigError
 from clex.hf.skeleton import skeleton_of
 from clex.plan_report import advice, plan_for
-from clex.planning import GB, Estimate, Layout, Sizes, best, estimate, layouts
+from clex.planning import GB, H100, Estimate, Layout, Sizes, best, estimate, layouts
 from clex.shapes import SHAPES, shape
 
 
@@ -64,8 +65,8 @@ def test_frozen_weights_need_no_optimizer(depth: str) -> None:
 
 
 def test_cutting_divides() -> None:
-    whole = of(Layout(gpus=8, sharded=True))
-    pieces = of(Layout(gpus=8, pieces=8, sharded=True))
+    whole = of(Layout(gpus=8, sharded=True), 2**20)
+    pieces = of(Layout(gpus=8, pieces=8, sharded=True), 2**20)
     assert pieces.activations == pytest.approx(whole.activations / 8)
     assert pieces.tokens == whole.tokens / 8
     assert pieces.attention_flops == pytest.approx(whole.attention_flops / 8)
@@ -102,6 +103,38 @@ def test_best_is_the_fastest_that_fits() -> None:
     assert best([e for e in found if not e.fits]) is None
 
 
+# What was measured.
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results/2026-11-25-2xh100-scaling.json"
+MEASURED = {
+    row["case"]: row
+    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    if row["shape"] in SHAPES
+}
+
+
+def test_every_engine_was_measured() -> None:
+    assert len(MEASURED) == 12
+    assert {row["engine"] for row in MEASURED.values()} == {"one", "ddp", "fsdp2", "cp"}
+    assert {row["depth"] for row in MEASURED.values()} == {"full", "lora"}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_predictions_hold(case: str) -> None:
+    """The speeds were fitted to the cases of one GPU; those of two are predictions."""
+    row = MEASURED[case]
+    plan = planned(row)
+    assert plan.tokens == row["tokens_per_step"]
+    assert plan.seconds == pytest.approx(row["step_seconds"], rel=0.10)
+    assert plan.allocated == pytest.approx(row["peak_bytes"], rel=0.05)
+
+
+def test_speeds_are_below_those_of_the_card() -> None:
+    assert 0.3 < H100.matmul / 989e12 < 0.75
+    assert 0.3 < H100.attention / 989e12 < 0.75
+    assert 0.5 < H100.elementwise / 3.35e12 < 0.95
+
+
 # The command.
 
 
@@ -116,7 +149,7 @@ def test_command(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         rows = json.loads(result.output)
         assert len(rows) == 2
-        assert rows[0]["memory"] > rows[0]["weights"] > 0
+        assert rows[0]["memory"] > rows[0]["allocated"] > rows[0]["weights"] > 0
     assert "take:" in run("llama-1b", "--length", "4096", "--gpus", "2").output
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clex.errors import ConfigError
 from clex.solvers import solve
 from references import assert_close
 
@@ -68,3 +69,14 @@ def test_gradients(method: str) -> None:
 
     # dopri5 chooses steps from the values, so its numerical derivative carries its tolerance.
     assert torch.autograd.gradcheck(final, weight, atol=1e-6 if method == "rk4" else 1e-4)
+
+
+def test_adaptive_steps_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clex.solvers._MOST_STEPS", 50)
+    solve(cosine, 1.0, ENDS, 2, method="dopri5", steps=4)
+
+    def wild(s: Tensor, r: Tensor) -> Tensor:
+        return (1e6 * (1e6 * s).cos())[:, None].expand_as(r)
+
+    with pytest.raises(ConfigError, match="'dopri5' cannot solve these dynamics"):
+        solve(wild, 1.0, ENDS, 2, method="dopri5", steps=4)

@@ -266,7 +266,9 @@ def _token_rows(
 
 def _tokenize(texts: list[str], tokenizer: Any) -> dict[str, list[Any]]:
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return {"input_ids": encoded, "length": [len(ids) for ids in encoded]}
+    # Arrays, since the table would look at each number of a list to find its type.
+    arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    return {"input_ids": arrays, "length": [len(ids) for ids in encoded]}
 
 
 def _rows(columns: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from .config import ClexConfig
-from .data import read_documents
+from .data import load_tokens
 from .errors import ConfigError, unknown
 from .evaluation.perplexity import Row
 from .evaluation.report import tables, write_report
@@ -158,8 +158,7 @@ def _extend_tiny(out: Path, overwrite: bool, console: Console) -> None:
 def _show_sample(out: Path, book: Path, console: Console) -> None:
     """What the plain and the extended model write after 1,900 tokens of an unseen book."""
     tokenizer = load_tokenizer(MODEL)
-    ids = tokenizer(next(read_documents([book])), verbose=False, return_tensors="pt")["input_ids"]
-    prompt = ids[:, 6000:7900]
+    prompt = torch.tensor([load_tokens(book, tokenizer)[0]["input_ids"][6000:7900]])
     plain = _continue(load_base(MODEL), prompt)
     model = load(out / "full")
     extended = _continue(model, prompt)

@@ -49,13 +49,23 @@ def plan_table(estimates: list[Estimate], title: str) -> Table:
     table = Table(title=title)
     table.add_column("layout")
     names = ("weights", "gradients", "optimizer", "activations", "logits")
-    columns = (*names, "all", "fits", "PFLOPs/step", "GB sent", "s/step", "tokens/s")
+    columns = (
+        *names,
+        "allocated",
+        "with CUDA",
+        "fits",
+        "PFLOPs/step",
+        "GB sent",
+        "s/step",
+        "tokens/s",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for e in estimates:
         table.add_row(
             str(e.layout),
             *(f"{getattr(e, name) / GB:.1f}" for name in names),
+            f"{e.allocated / GB:.1f}",
             f"{e.memory / GB:.1f}",
             "yes" if e.fits else "no",
             f"{(e.linear_flops + e.attention_flops) / 1e15:,.1f}",

@@ -12,11 +12,12 @@ from typing import Any
 
 from .errors import ConfigError
 from .hf.loss import LOGITS_AT_ONCE
+from .layer_bytes import ADAPTED, AUTOCAST, FROZEN, SHARDED, Traffic
 
 GB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """One GPU and its links, with the shares of them that training reaches.
 
@@ -25,8 +26,8 @@ class Machine:
         matmul, attention: bf16 FLOPs a second that large products, and the attention kernel, reach.
         elementwise: bytes a second that norms, rotations, activations and casts reach.
         link: bytes a second between two GPUs of one host in a collective.
-        step: seconds of a step that no size explains: launches, optimiser, waiting.
-        reserved: bytes that CUDA, NCCL and fragments take.
+        layer: seconds that launches take in one layer, forward and back, whatever its size.
+        reserved: bytes that CUDA and NCCL take beside torch's allocator.
     """
 
     name: str
@@ -35,19 +36,28 @@ class Machine:
     attention: float
     elementwise: float
     link: float
-    step: float
+    layer: float
     reserved: float
 
 
-# NVIDIA H100 80GB HBM3, eager mode, torch 2.11: not fitted yet, but set from the 58,385 tokens/s of
-# SmolLM2 at 8k and the usual shares of the peak (989e12 FLOPs, 3.35e12 B/s, 450e9 B/s).
-H100 = Machine("H100 80 GB", 79 * GB, 500e12, 330e12, 1.6e12, 150e9, 0.02, 1.5 * GB)
+# NVIDIA H100 80GB HBM3, eager mode, torch 2.11; its peaks are 989e12 FLOPs, 3.35e12 and 450e9 B/s.
+# matmul, attention and layer are fitted to seven runs on one GPU; elementwise is the speed that
+# `benchmarks.cache_move` measured for a copy; link is a third of the peak and not fitted: too
+# little of it shows in the runs on two GPUs; reserved is an allowance.
+H100 = Machine(
+    name="H100 80 GB",
+    memory=79 * GB,
+    matmul=6.6e14,
+    attention=4.38e14,
+    elementwise=2.99e12,
+    link=150e9,
+    layer=0.0024,
+    reserved=1.5 * GB,
+)
 
-# Bytes that one token moves through one layer in elementwise operations, forward, over its widths.
-_ELEMENTWISE_HIDDEN = 150.0
-_ELEMENTWISE_INNER = 24.0
-# Bytes of one logit in all passes over it, forward, recomputed and backward.
+# Bytes of one logit in all passes over it, forward, recomputed and backward; and held at most.
 _LOGIT_BYTES = 52.0
+_LOGIT_HELD = 14.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +99,11 @@ class Sizes:
             )
         except AttributeError as error:
             raise ConfigError(f"cannot plan for {text.model_type!r}: {error}") from None
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Of the stream, of queries and keys, of the feed-forward part."""
+        return self.hidden, self.attended + self.key_value, self.inner
 
     @property
     def layer(self) -> int:
@@ -138,7 +153,8 @@ class Estimate:
     """What a layout needs; bytes and seconds of one GPU.
 
     Attributes:
-        weights, gradients, optimizer, activations, logits, reserved: bytes at the peak.
+        weights, gradients, optimizer, activations, logits: bytes at the peak of torch's allocator.
+        reserved: bytes beside it, of CUDA and NCCL.
         linear_flops, attention_flops: of a step.
         moved: bytes that elementwise operations and the optimiser move in a step.
         communication: bytes sent in a step.
@@ -163,15 +179,20 @@ class Estimate:
     tokens: int
 
     @property
-    def memory(self) -> float:
-        """Bytes at the peak."""
+    def allocated(self) -> float:
+        """Bytes at the peak, as ``torch.cuda.max_memory_allocated`` counts them."""
         parts = self.weights, self.gradients, self.optimizer, self.activations, self.logits
-        return sum(parts) + self.reserved
+        return sum(parts)
+
+    @property
+    def memory(self) -> float:
+        """Bytes at the peak, all together."""
+        return self.allocated + self.reserved
 
     @property
     def fits(self) -> bool:
-        """Whether the card holds it."""
-        return self.memory <= self.machine.memory
+        """Whether the card holds it and a twentieth is left, for fragments and errors."""
+        return self.memory <= 0.95 * self.machine.memory
 
     @property
     def seconds(self) -> float:
@@ -187,7 +208,7 @@ class Estimate:
         """Plain JSON types, the derived numbers included."""
         values = dataclasses.asdict(self)
         values["machine"] = self.machine.name
-        extra = ("memory", "fits", "seconds", "tokens_per_second")
+        extra = ("allocated", "memory", "fits", "seconds", "tokens_per_second")
         return {**values, **{name: getattr(self, name) for name in extra}}
 
 
@@ -228,21 +249,26 @@ def estimate(
     # A causal product is half a square; the backward pass has five products to the forward's two.
     square = 2.0 * length * length * sizes.attended * sizes.layers
     attention = square * (1 + again + 2.5) * passes / layout.pieces
-    widths = _ELEMENTWISE_HIDDEN * sizes.hidden + _ELEMENTWISE_INNER * sizes.inner
-    # What runs from layer to layer: float32 under autocast, bfloat16 where weights are that.
-    stream = 4.0 if full and not layout.sharded else 2.0
-    moved = sizes.layers * widths * (3 + again) * stream / 4 + _LOGIT_BYTES * sizes.vocabulary
+    if full:
+        traffic = SHARDED if layout.sharded else AUTOCAST
+    else:
+        traffic = ADAPTED if depth == "lora" else FROZEN
+    layers = (1 + again) * traffic.forward.of(*sizes.widths) + traffic.backward.of(*sizes.widths)
+    moved = sizes.layers * layers + _LOGIT_BYTES * sizes.vocabulary
     moved *= local * layout.accumulation
-    # Adam reads and writes weights, gradients and two moments; the cast copy is made in each pass.
-    moved += trained / shards * (28.0 + 6.0 * layout.accumulation)
+    # Clipping and Adam read and write weights, gradients and two moments; each pass casts weights
+    # and their gradients; DDP copies gradients into its buckets and back.
+    moved += trained / shards * 40.0
+    moved += trained * layout.accumulation * 6.0 * (2 + again)
+    buckets = layout.gpus > 1 and not layout.sharded
+    moved += 16.0 * trained if buckets else 0.0
     compute = (
         linear / machine.matmul
         + attention / machine.attention
         + moved / machine.elementwise
-        + machine.step
+        + machine.layer * sizes.layers * layout.accumulation
     )
 
-    held = 4.0 if full else 2.0
     sent, hidden_share = 0.0, 0.8
     others = (layout.gpus - 1) / layout.gpus
     if layout.sharded:
@@ -256,23 +282,16 @@ def estimate(
         sent += around * (1 + again + 2) * layout.accumulation
     waiting = sent / machine.link * (1 - hidden_share)
 
-    one_layer = local * (
-        sizes.hidden * (6 * stream + 8) + (sizes.attended + sizes.key_value) * 16 + sizes.inner * 10
-    )
-    kept = local * sizes.hidden * stream if layout.checkpointing else one_layer
-    activations = sizes.layers * kept + (one_layer * 1.5 if layout.checkpointing else 0)
-    activations += local * sizes.hidden * 4 * stream
-    gathered = 2.0 * (2 * sizes.layer + 2 * sizes.embedding) if layout.sharded else 0.0
-    cast = 2.0 * sizes.weights if full and not layout.sharded else 0.0
-    buckets = 4.0 * trained if layout.gpus > 1 and not layout.sharded else 0.0
+    held = 4.0 * sizes.weights if full else 2.0 * sizes.weights + 4.0 * adapters
+    activations, logits, gradients, copies = _peak(sizes, layout, traffic, local, trained)
     return Estimate(
         layout=layout,
         machine=machine,
-        weights=(held * sizes.weights + 4.0 * adapters) / shards + gathered + cast,
-        gradients=4.0 * trained / shards + buckets,
+        weights=held / shards + copies,
+        gradients=gradients,
         optimizer=8.0 * trained / shards,
         activations=activations,
-        logits=min(LOGITS_AT_ONCE, local * sizes.vocabulary) * 4.0 * 4,
+        logits=logits,
         reserved=machine.reserved,
         linear_flops=linear,
         attention_flops=attention,
@@ -282,6 +301,47 @@ def estimate(
         waiting=waiting,
         tokens=length * passes * (layout.gpus // layout.pieces),
     )
+
+
+def _peak(
+    sizes: Sizes, layout: Layout, traffic: Traffic, local: float, trained: int
+) -> tuple[float, float, float, float]:
+    """Bytes of activations, logits, gradients and copies of weights when their sum is largest."""
+    full = trained == sizes.weights
+    shards = layout.gpus if layout.sharded else 1
+    layer = local * traffic.kept.of(*sizes.widths)
+    working = local * traffic.working.of(*sizes.widths)
+    stream = local * sizes.hidden * traffic.stream
+    between = stream if layout.checkpointing else layer  # what a layer leaves for the way back
+    everything = sizes.layers * between
+    ends = 4 * stream  # around the embedding, the last norm and the head
+
+    embedding = sizes.embedding * (1 if sizes.tied else 2)
+    if layout.sharded:  # the embedding and two layers gathered
+        copies = least = 2.0 * (2 * sizes.layer + embedding)
+    elif full:  # autocast's bfloat16 weights, which activations hold on to
+        copies, least = 2.0 * sizes.weights, 2.0 * sizes.layer
+    else:
+        copies = least = 0.0
+    all_gradients = 4.0 * trained / shards
+    # The first that comes is that of the head.
+    first = 4.0 * sizes.embedding / shards if full else 0.0
+    first = all_gradients if layout.accumulation > 1 else first
+    if layout.sharded:  # FSDP2 keeps it whole, in bfloat16, to the end of the pass
+        beside = 2.0 * sizes.embedding if full else 0.0
+    else:  # DDP has its buckets
+        beside = 4.0 * trained if layout.gpus > 1 else 0.0
+
+    recomputed = layer if layout.checkpointing else 0.0
+    logits = _LOGIT_HELD * min(LOGITS_AT_ONCE, local * sizes.vocabulary)
+    in_layer = least if layout.checkpointing else copies
+    moments = (
+        # In the loss; in the backward pass of the last layer; in that of the first.
+        (everything + ends, logits, first + beside, copies),
+        (everything + recomputed + working, 0.0, first + beside, in_layer),
+        (between + recomputed + working, 0.0, all_gradients + beside, in_layer),
+    )
+    return max(moments, key=sum)
 
 
 def layouts(gpus: int, length: int, batch: int = 1) -> list[Layout]:

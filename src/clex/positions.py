@@ -47,7 +47,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def contiguous(n: int, span: Tensor, seeds: Tensor, native_length: int, longest: int) -> Tensor:
     """0, 1, ..., n-1, whatever the span is."""
-    return torch.arange(n, dtype=torch.float32, device=span.device).expand(len(span), n)
+    return torch.arange(n, dtype=torch.float32, device=span.device).repeat(len(span), 1)
 
 
 def stretched(n: int, span: Tensor, seeds: Tensor, native_length: int, longest: int) -> Tensor:
@@ -177,22 +177,26 @@ def sample_positions(
     Returns:
         Strictly increasing positions, float32, shape (B, n), on the device of `t`.
     """
-    shares = parse_mixture(name)
     if max_scale is None:
         max_scale = float(t.max())
     longest = max(n, math.ceil(max_scale * native_length))
     span = t.double() * native_length
-    plain = contiguous(n, span, seeds, native_length, longest)
-    keep = (t <= 1) if n <= native_length else torch.zeros_like(t, dtype=torch.bool)
-    positions, passed = plain, 0.0
-    # One sampler needs no coin.
-    coin = uniform(seeds, 1, stream=4)[:, 0] if len(shares) > 1 else torch.zeros_like(span)
-    for sampler, share in shares.items():
+
+    def draw(sampler: str) -> Tensor:
         # "random" and "uniform" can place tokens between whole positions.
         room = span if sampler in ("random", "uniform") else span.clamp(min=float(n))
-        drawn = get_sampler(sampler)(n, room, seeds, native_length, longest)
+        return get_sampler(sampler)(n, room, seeds, native_length, longest)
+
+    (sampler, passed), *others = parse_mixture(name).items()
+    positions = draw(sampler)
+    if others:
+        coin = uniform(seeds, 1, stream=4)
         # Each row overwrites until the sampler that its coin stands for: to know on the host which
         # rows need which sampler would cost more than to draw all of them.
-        positions = torch.where((coin >= passed)[:, None], drawn, positions)
-        passed += share
-    return torch.where(keep[:, None], plain, positions)
+        for sampler, share in others:
+            positions = torch.where(coin >= passed, draw(sampler), positions)
+            passed += share
+    if n > native_length:
+        return positions
+    plain = contiguous(n, span, seeds, native_length, longest)
+    return torch.where((t <= 1)[:, None], plain, positions)

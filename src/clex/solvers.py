@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from .errors import ConfigError
+
 Rate = Callable[[Tensor, Tensor], Tensor]
+
+# Steps after which `dopri5` gives up; the fields of trained models take a few dozen.
+_MOST_STEPS = 2048
 
 
 def solve(rate: Rate, start: float, end: Tensor, size: int, *, method: str, steps: int) -> Tensor:
@@ -26,6 +31,9 @@ def solve(rate: Rate, start: float, end: Tensor, size: int, *, method: str, step
 
     Returns:
         r(end), shape (B, size), dtype of `end`, differentiable by plain back-propagation.
+
+    Raises:
+        ConfigError: `dopri5` cannot keep its tolerance, or only in thousands of steps.
     """
     state = torch.zeros(len(end), size, dtype=end.dtype, device=end.device)
     span = end - start
@@ -36,7 +44,21 @@ def solve(rate: Rate, start: float, end: Tensor, size: int, *, method: str, step
             return span[:, None] * rate(start + share * span, state)
 
         unit = torch.tensor([0.0, 1.0], dtype=end.dtype, device=end.device)
-        return odeint(unit_rate, state, unit, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
+        most = {"max_num_steps": _MOST_STEPS}
+        try:
+            return odeint(
+                unit_rate,
+                state,
+                unit,
+                rtol=tolerance,
+                atol=tolerance,
+                method="dopri5",
+                options=most,
+            )[-1]
+        except AssertionError as error:
+            raise ConfigError(
+                f"solver 'dopri5' cannot solve these dynamics ({error}); use solver 'rk4'"
+            ) from error
     step = span / steps
     h = step[:, None]
     for k in range(steps):

@@ -59,6 +59,7 @@ def test_losses_and_hits(
     right = tiny.logits(model, ids).argmax(-1)[:, :-1] == ids[:, 1:]
     assert torch.equal(hits, right[:, -count:])
     assert 0 < right.sum() < right.numel()
+    assert TokenLoss(model)(model, ids, last)[1].shape == (2, 0)  # training does not ask
 
 
 @pytest.mark.parametrize("at_once", [2**26, 3 * tiny.VOCAB])

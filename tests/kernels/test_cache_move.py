@@ -35,9 +35,11 @@ def test_keys_turn_in_place(
         positions = torch.randint(0, 2_000_000, (rows, 67), device=device).double()
         delta = torch.rand(rows, 6, device=device, dtype=torch.float64)
         ratio = 1 + torch.rand(rows, device=device)
-        keys = [store.transpose(1, 2)[:, :, :67, 4:16] for store in stores]
-        turn_keys(keys, positions, delta, ratio, interleaved, 16)
-        for store, old, turned in zip(stores, before, keys, strict=True):
+        turn_keys(
+            [store.transpose(1, 2) for store in stores], 4, positions, delta, ratio, interleaved, 16
+        )
+        for store, old in zip(stores, before, strict=True):
+            turned = store.transpose(1, 2)[:, :, :67, 4:16]
             wanted = exact(
                 old.transpose(1, 2)[:, :, :67, 4:16], positions, delta, ratio, interleaved
             )
@@ -49,10 +51,30 @@ def test_keys_turn_in_place(
             assert torch.equal(store[:, 67:], old[:, 67:])
 
 
-def test_operator_is_sound() -> None:
-    keys = [torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)]
-    positions = torch.arange(5, dtype=torch.float64)[None]
-    delta = torch.rand(1, 4, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.clex.turn_keys, (keys, positions, delta, torch.ones(1), False, 2)
-    )
+@pytest.mark.parametrize("programs", [1, 3], ids=str)
+def test_a_program_turns_many_heads(
+    device: str, monkeypatch: pytest.MonkeyPatch, programs: int
+) -> None:
+    monkeypatch.setattr("clex.kernels.cache_move_triton._PROGRAMS", programs)
+    # Three layers in a row and two with tokens before heads, 15 heads and 10: all alike but these.
+    keys = [torch.randn(1, 5, 9, 8, device=device) for _ in range(3)]
+    keys += [torch.randn(1, 9, 5, 8, device=device).transpose(1, 2) for _ in range(2)]
+    before = [tensor.clone() for tensor in keys]
+    positions = torch.arange(9, device=device, dtype=torch.float64)[None]
+    delta = torch.rand(1, 4, device=device, dtype=torch.float64)
+    one = torch.ones(1, device=device)
+    turn_keys(keys, 0, positions, delta, one, False, 16)
+    for tensor, old in zip(keys, before, strict=True):
+        wanted = exact(old, positions, delta, one, False)
+        assert (tensor.double() - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("start", "slots", "rows"), [(1, 5, 1), (0, 6, 1), (0, 5, 3)], ids=["entries", "slots", "rows"]
+)
+def test_what_does_not_fit_is_refused(start: int, slots: int, rows: int) -> None:
+    """A kernel would write what lies behind, without a word."""
+    keys = [torch.randn(2, 2, 5, 8)]
+    positions, delta = torch.zeros(1, slots).double(), torch.rand(rows, 4).double()
+    with pytest.raises(ValueError, match="for keys of 2 rows, 5 slots and 8 entries"):
+        turn_keys(keys, start, positions, delta, torch.ones(1), False, 2)

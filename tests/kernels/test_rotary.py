@@ -206,7 +206,29 @@ def test_compiles_without_a_break() -> None:
         return a.sum() + (b * b).sum()
 
     compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(inputs.q, inputs.k), work(inputs.q, inputs.k))
+    with torch.no_grad():
+        assert torch.equal(compiled(inputs.q, inputs.k), work(inputs.q, inputs.k))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_compiled_training_has_the_gradients_of_the_operator(interleaved: bool) -> None:
+    inputs = Inputs(SHAPES[0], torch.float32, "cpu")
+    learned = inputs.q, inputs.k, inputs.inv_freq, inputs.factor
+    for x in learned:
+        x.requires_grad_(True)
+
+    def work(q: Tensor, k: Tensor, inv_freq: Tensor, factor: Tensor) -> Tensor:
+        a, b = rotate(q, k, inputs.positions, inv_freq, factor, interleaved, torch.float32)
+        return (a.sin() * a).sum() + (b * b * b).sum()
+
+    compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(
+        torch.autograd.grad(compiled(*learned), learned),
+        torch.autograd.grad(work(*learned), learned),
+        strict=True,
+    ):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+        assert wanted.norm() > 0
 
 
 def test_operator_is_sound() -> None:

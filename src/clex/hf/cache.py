@@ -189,7 +189,8 @@ def _misfit(layout: KeyLayout, inv_freq: Tensor, before: Tensor, after: Tensor) 
     """Relative error of `after` as `before` turned from position 0 to the probe's."""
     expected = before.clone()
     turn_keys(
-        [layout.rotated(expected)],
+        [expected],
+        layout.start,
         torch.full((1, 1), _PROBE_POSITION, dtype=torch.float64),
         inv_freq.double()[None],
         torch.ones(1),
@@ -238,7 +239,7 @@ def move_cache(
     # In it the tensors of a cache may be written, whether they were made in inference mode or not.
     with torch.inference_mode():
         _move(rope, cache, old, new, attention_mask, layouts, block)
-    mark_cache(cache, new.to(next(rope.scalings.buffers()).device))
+    mark_cache(cache, new)
 
 
 def _move(
@@ -250,24 +251,25 @@ def _move(
     layouts: Sequence[KeyLayout | None],
     block: int,
 ) -> None:
-    solved = rope.solve(old), rope.solve(new)
+    device = next(rope.scalings.buffers()).device
+    # Both ends in one go, without waiting for the device.
+    solved = rope.solve(torch.cat([old, new]).to(device, non_blocking=True))
     # Layers that share frequencies and slots share their angles.
-    groups: dict[tuple[str, bool, bool, int, int], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[KeyLayout, int, int], list[Tensor]] = defaultdict(list)
     for layer, layout in zip(cache.layers, layouts, strict=False):
         if layout is None or not getattr(layer, "is_initialized", False):
             continue
         _require_plain(layer)
         tensor = getattr(layer, layout.where)
         seen = int(layer.get_seq_length())
-        kept = min(seen, tensor.shape[-2])
-        kind = layout.frequencies, layout.scaled, layout.interleaved
-        groups[*kind, seen, kept].append(layout.rotated(tensor)[:, :, :kept])
-    for (frequencies, scaled, interleaved, seen, kept), keys in groups.items():
-        (f_old, a_old), (f_new, a_new) = (end[frequencies] for end in solved)
-        delta = f_new.double() - f_old.double()
-        ratio = a_new / a_old if scaled else torch.ones_like(a_new)
-        positions = _positions(attention_mask, seen, delta.device)[:, seen - kept :]
-        turn_keys(keys, positions, delta, ratio, interleaved, block)
+        groups[layout, seen, min(seen, tensor.shape[-2])].append(tensor)
+    for (layout, seen, kept), keys in groups.items():
+        inv_freq, factor = solved[layout.frequencies]
+        f_old, f_new = inv_freq.double().split([len(old), len(new)])
+        a_old, a_new = factor.split([len(old), len(new)])
+        ratio = a_new / a_old if layout.scaled else torch.ones_like(a_new)
+        positions = _positions(attention_mask, seen, device)[:, seen - kept :]
+        turn_keys(keys, layout.start, positions, f_new - f_old, ratio, layout.interleaved, block)
 
 
 def _scales(t: float | Sequence[float] | Tensor) -> Tensor:

@@ -19,7 +19,10 @@ _MARK = "clex_scale"
 
 
 def scale_of_cache(cache: Any) -> Tensor | None:
-    """The scales (B,) or (1,) that the keys in `cache` were rotated at; `None` if not known."""
+    """The scales (B,) or (1,) that the keys in `cache` were rotated at; `None` if not known.
+
+    They are on the device of the frequencies after a forward pass and on the CPU after a move.
+    """
     scale: Tensor | None = getattr(cache, _MARK, None)
     return scale
 
@@ -66,7 +69,7 @@ def serving_scale(rope: ScaledRope, cache: Any, wanted: Tensor) -> Tensor:
             "it is not known at which t the keys in this cache were rotated; hold the t that they"
             " were made at: with clex.at_scale(model, t)"
         )
-    wanted = wanted.to(known.device)
+    known = known.to(wanted.device)
     ours, theirs = _aligned(known, wanted)
     if bool((theirs <= ours).all()) or _same_keys(rope, known, wanted):
         return known

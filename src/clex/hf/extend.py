@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -78,7 +79,10 @@ def restore(model: ModelT) -> ModelT:
 
 def extension_of(model: nn.Module) -> ScaledRope | None:
     """The extension of `model` that is in use, found anew each time: PEFT copies modules."""
-    for module in model.modules():
+    # Level by level: a rotary stands beside the layers, and is found before a look into them.
+    queue, seen = deque([model]), {model}
+    while queue:
+        module = queue.popleft()
         if isinstance(module, ScaledRope):
             return module
         if isinstance(module, ModulesToSaveWrapper):
@@ -88,6 +92,9 @@ def extension_of(model: nn.Module) -> ScaledRope | None:
             used = None if wrapper.disable_adapters else wrapper.modules_to_save[name]
             if isinstance(used, ScaledRope):
                 return used
+        below = [child for child in module.children() if child not in seen]
+        seen.update(below)
+        queue.extend(below)
     return None
 
 

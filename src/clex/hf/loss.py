@@ -73,7 +73,8 @@ class TokenLoss:
 
         Returns:
             Negative log-likelihoods in nats, float32, (B, last); and whether each token was the
-            model's first choice, bool, (B, last). With `targets` (B, T), 0 where not scored.
+            model's first choice, bool, (B, last), or (B, 0) where gradients are made: training
+            does not ask. With `targets` (B, T), 0 where not scored.
         """
         self.check(input_ids)
         cut = targets is not None
@@ -140,7 +141,8 @@ class TokenLoss:
         loss = cross_entropy(
             logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=UNSCORED
         )
-        return loss.view(targets.shape), logits.detach().argmax(-1) == targets
+        asked = slice(0 if torch.is_grad_enabled() else None)
+        return loss.view(targets.shape), logits.detach()[:, asked].argmax(-1) == targets[:, asked]
 
     @torch.no_grad()
     def check(self, input_ids: Tensor) -> None:

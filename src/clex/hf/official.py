@@ -252,7 +252,7 @@ def _extended(
 def _settle(scaling: Any, folder: Path) -> None:
     """Take as many steps as the frequencies at all integer t need, no fewer than the preset has.
 
-    They are measured against a fine solution in float64. Fields far stronger than any that was
+    They are measured against an adaptive solution in float64. Fields far stronger than any that was
     published end in float32 rounding; the best number of steps is taken then, with a warning.
 
     Raises:
@@ -260,8 +260,11 @@ def _settle(scaling: Any, folder: Path) -> None:
     """
     t = torch.arange(1.0, scaling.config.max_scale + 1)
     exact = _in_double(copy.deepcopy(scaling))
-    exact.config = exact.config.replace(steps=MOST_STEPS)
-    truth: Tensor = exact.ratio(t.double())
+    exact.config = exact.config.replace(solver="dopri5")
+    try:
+        truth: Tensor = exact.ratio(t.double())
+    except ConfigError as error:
+        raise CheckpointError(_unsolvable(folder)) from error
     steps, best = scaling.config.steps, (math.inf, scaling.config.steps)
     while steps < MOST_STEPS and best[0] > _SETTLED:
         scaling.config = scaling.config.replace(steps=steps)
@@ -270,10 +273,14 @@ def _settle(scaling: Any, folder: Path) -> None:
         steps *= 2
     apart, steps = best
     if apart > _USELESS:
-        raise CheckpointError(f"{folder}: its dynamics cannot be solved in float32")
+        raise CheckpointError(_unsolvable(folder))
     if apart > _SAME:
         warnings.warn(f"{folder}: its frequencies are exact to {apart:.0e} only", stacklevel=4)
     scaling.config = scaling.config.replace(steps=steps)
+
+
+def _unsolvable(folder: Path) -> str:
+    return f"{folder}: its dynamics cannot be solved in float32"
 
 
 def _in_double(scaling: Any) -> Any:

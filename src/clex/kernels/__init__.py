@@ -1,7 +1,8 @@
-"""Triton kernels for CUDA, each behind an operator of PyTorch with a plain implementation.
+"""Triton kernels for CUDA, each with a plain implementation beside it.
 
-`torch.compile` sees operators and never breaks its graph at them. On a CPU, and where Triton is not
-installed or `use` has switched the kernels off, the plain implementation runs.
+Those of a forward pass are operators of PyTorch, at which `torch.compile` never breaks its graph.
+On a CPU, and where Triton is not installed or `use` has switched the kernels off, the plain
+implementation runs.
 """
 
 from .switch import active, has_kernels, use

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,20 +15,24 @@ from torch import Tensor
 from .switch import active
 
 
-@torch.library.custom_op("clex::turn_keys", mutates_args={"keys"})
 def turn_keys(
-    keys: list[Tensor],
+    keys: Sequence[Tensor],
+    start: int,
     positions: Tensor,
     delta: Tensor,
     ratio: Tensor,
     interleaved: bool,
     block: int,
 ) -> None:
-    """Turn each of `keys` by ``positions * delta`` and multiply it by `ratio`.
+    """Turn what is rotated in each of `keys` by ``positions * delta`` and multiply it by `ratio`.
+
+    It takes whole tensors and no views: to make one for each layer takes the host longer than all
+    of its other work here.
 
     Args:
-        keys: (B, heads, slots, 2 F) each, any strides; views of what is rotated in a cache.
-        positions: (B or 1, slots) float64, of the token in each slot.
+        keys: (B, heads, >= slots, >= start + 2 F) each, any strides.
+        start: first rotated entry of the last dimension.
+        positions: (B or 1, slots) float64, of the token in each of the first slots.
         delta: (B or 1, F) float64, radians a token.
         ratio: (B or 1,) float32.
         interleaved: whether pairs are neighbours (0, 1), (2, 3) ..., or halves (0, F) ...
@@ -35,38 +40,27 @@ def turn_keys(
     """
     alike = defaultdict(list)
     for tensor in keys:
-        rows, slots = tensor.shape[0], tensor.shape[2]
-        lengths = {len(positions), len(delta), len(ratio)}
-        if not lengths <= {1, rows} or positions.shape[1] != slots:
-            raise ValueError(
-                f"positions {tuple(positions.shape)} and {max(lengths)} rows of turns for keys of"
-                f" {rows} rows and {slots} slots"
-            )
         alike[tensor.device, tensor.dtype, tensor.shape, tensor.stride()].append(tensor)
-    for (device, *_), tensors in alike.items():
+    for (device, _, (rows, _, slots, size), _), tensors in alike.items():
+        lengths = {len(positions), len(delta), len(ratio)}
+        end = start + 2 * delta.shape[1]
+        if not lengths <= {1, rows} or positions.shape[1] > slots or end > size:
+            raise ValueError(
+                f"positions {tuple(positions.shape)} and {max(lengths)} rows of turns, to entry"
+                f" {end}, for keys of {rows} rows, {slots} slots and {size} entries"
+            )
         here, turn, grown = (table.to(device) for table in (positions, delta, ratio))
         if active(tensors[0]):
             from .cache_move_triton import turn_alike
 
-            turn_alike(tensors, here, turn, grown, interleaved)
+            turn_alike(tensors, start, here, turn, grown, interleaved)
         else:
-            _turn_plain(tensors, here, turn, grown, interleaved, block)
-
-
-@turn_keys.register_fake
-def _(
-    keys: list[Tensor],
-    positions: Tensor,
-    delta: Tensor,
-    ratio: Tensor,
-    interleaved: bool,
-    block: int,
-) -> None:
-    return None
+            _turn_plain(tensors, start, here, turn, grown, interleaved, block)
 
 
 def _turn_plain(
     keys: list[Tensor],
+    start: int,
     positions: Tensor,
     delta: Tensor,
     ratio: Tensor,
@@ -80,7 +74,7 @@ def _turn_plain(
         tables = (table * ratio[:, None, None] for table in (angle.cos(), angle.sin()))
         cos, sin = (table[:, None] for table in tables)
         for tensor in keys:
-            slots = tensor[:, :, begin : begin + block]
+            slots = tensor[:, :, begin : begin + here.shape[1], start : start + 2 * half]
             first = slots[..., 0::2] if interleaved else slots[..., :half]
             second = slots[..., 1::2] if interleaved else slots[..., half:]
             turned = first * cos - second * sin, second * cos + first * sin

@@ -1,6 +1,6 @@
 """The Triton side of `clex.kernels.cache_move`: one launch for all layers that are alike.
 
-A program computes the angles of a block of slots once and turns that block in every head of its
+A program computes the angles of a block of slots once and turns that block in many heads of many
 layers. Bytes: each key is read and written once, as in a copy of the cache.
 """
 
@@ -15,22 +15,24 @@ import triton.language as tl
 from torch import Tensor
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Programs that keep every multiprocessor of a large GPU busy.
-_ENOUGH = 1024
+# Programs for each launch: many times what a large GPU runs at once, so that its last ones leave
+# little of it idle, and few enough that angles are shared by many heads.
+_PROGRAMS = 32768
 _WARPS = 4
-# Pairs of one head that a program holds at a time.
+# Pairs of one head that a program holds at a time, and heads.
 _PAIRS_AT_ONCE = 1024
+_HEADS_AT_ONCE = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "heads", "each", "total"])
 def _turn(
     addresses, positions, turns, ratio, key_row, key_head, key_slot, key_entry,
-    position_row, position_slot, turn_row, ratio_row, layers, heads, slots,
-    SLOTS: tl.constexpr, LAYERS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    position_row, position_slot, turn_row, ratio_row, slots, heads, each, total,
+    SLOTS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0) * SLOTS
-    group, row = tl.program_id(1), tl.program_id(2)
+    """Heads are counted through all layers: `heads` of each, `total` in all, `each` a program."""
+    start, row = tl.program_id(0) * SLOTS, tl.program_id(2)
     local, f = tl.arange(0, SLOTS), tl.arange(0, BLOCK)
     inside = start + local < slots
     mask = inside[:, None] & (f < PAIRS)[None, :]
@@ -40,46 +42,59 @@ def _turn(
     turn = position[:, None] * share[None, :]
     angle = ((turn - tl.floor(turn + 0.5)) * 6.283185307179586).to(tl.float32)
     a = tl.load(ratio + row * ratio_row)
-    cos, sin = tl.cos(angle) * a, tl.sin(angle) * a
+    cos, sin = (tl.cos(angle) * a)[:, None, :], (tl.sin(angle) * a)[:, None, :]
     first = local[:, None] * key_slot + (2 * f if INTERLEAVED else f)[None, :] * key_entry
     other = (2 * f + 1 if INTERLEAVED else f + PAIRS)[None, :] * key_entry
     other += local[:, None] * key_slot
     begin = row.to(tl.int64) * key_row + start.to(tl.int64) * key_slot
-    for i in range(LAYERS):
-        layer = group * LAYERS + i
-        if layer < layers:
-            keys = tl.load(addresses + layer).to(tl.pointer_type(TYPE))
-            keys = tl.multiple_of(keys, ALIGNED) + begin
-            for head in range(heads):
-                here = keys + head * key_head
-                x = tl.load(here + first, mask=mask, other=0.0).to(tl.float32)
-                y = tl.load(here + other, mask=mask, other=0.0).to(tl.float32)
-                tl.store(here + first, (x * cos - y * sin).to(TYPE), mask=mask)
-                tl.store(here + other, (y * cos + x * sin).to(TYPE), mask=mask)
+    from_head = tl.program_id(1) * each
+    to_head = tl.minimum(from_head + each, total)
+    for one in range(from_head, to_head, HEADS):
+        head = one + tl.arange(0, HEADS)
+        wanted = (head < to_head)[None, :, None] & mask[:, None, :]
+        layer = tl.load(addresses + head // heads, mask=head < to_head, other=0)
+        keys = tl.multiple_of(layer.to(tl.pointer_type(TYPE)), ALIGNED)
+        keys += begin + (head % heads).to(tl.int64) * key_head
+        x_at = keys[None, :, None] + first[:, None, :]
+        y_at = keys[None, :, None] + other[:, None, :]
+        x = tl.load(x_at, mask=wanted, other=0.0).to(tl.float32)
+        y = tl.load(y_at, mask=wanted, other=0.0).to(tl.float32)
+        tl.store(x_at, (x * cos - y * sin).to(TYPE), mask=wanted)
+        tl.store(y_at, (y * cos + x * sin).to(TYPE), mask=wanted)
 
 
 def turn_alike(
-    keys: list[Tensor], positions: Tensor, delta: Tensor, ratio: Tensor, interleaved: bool
+    keys: list[Tensor],
+    start: int,
+    positions: Tensor,
+    delta: Tensor,
+    ratio: Tensor,
+    interleaved: bool,
 ) -> None:
     """See `clex.kernels.cache_move.turn_keys`; `keys` share shape, strides, dtype and device."""
-    rows, heads, slots, _ = keys[0].shape
-    if not keys[0].numel():
+    one = keys[0]
+    rows, heads, _, _ = one.shape
+    slots, pairs = positions.shape[1], delta.shape[1]
+    total = heads * len(keys)
+    if not rows * total * slots:
         return
-    turns = (delta / (2 * math.pi)).contiguous()
-    pairs = turns.shape[1]
-    addresses = [tensor.data_ptr() for tensor in keys]
+    offset = start * one.stride(3) * one.element_size()
+    addresses = [tensor.data_ptr() + offset for tensor in keys]
     block = triton.next_power_of_2(pairs)
     count = min(triton.next_power_of_2(slots), max(1, _PAIRS_AT_ONCE // block))
     blocks = triton.cdiv(slots, count)
-    groups = min(len(keys), max(1, triton.cdiv(_ENOUGH, blocks * rows)))
-    layers = triton.cdiv(len(keys), groups)
-    with torch.cuda.device_of(keys[0]):
-        _turn[(blocks, triton.cdiv(len(keys), layers), rows)](
-            torch.tensor(addresses, device=keys[0].device), positions, turns, ratio,
-            *keys[0].stride(), _row(positions), positions.stride(1), _row(turns), _row(ratio),
-            len(keys), heads, slots,
-            SLOTS=count, LAYERS=layers, PAIRS=pairs, BLOCK=block,
-            INTERLEAVED=interleaved, TYPE=_TYPES[keys[0].dtype],
+    steps = triton.cdiv(total, _HEADS_AT_ONCE)
+    each = _HEADS_AT_ONCE * triton.cdiv(steps, triton.cdiv(_PROGRAMS, blocks * rows))
+    turns = (delta / (2 * math.pi)).contiguous()
+    with torch.cuda.device_of(one):
+        # From pageable memory, but so few bytes that the host does not wait for the device.
+        table = torch.tensor(addresses).to(one.device, non_blocking=True)
+        _turn[(blocks, triton.cdiv(total, each), rows)](
+            table, positions, turns, ratio,
+            *one.stride(), _row(positions), positions.stride(1), _row(turns), _row(ratio),
+            slots, heads, each, total,
+            SLOTS=count, HEADS=_HEADS_AT_ONCE, PAIRS=pairs, BLOCK=block,
+            INTERLEAVED=interleaved, TYPE=_TYPES[one.dtype],
             ALIGNED=reduce(math.gcd, addresses, 16), num_warps=_WARPS,
         )  # fmt: skip
 

@@ -9,13 +9,14 @@ rotated vector, turned by a quarter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layout import token_major
-from .switch import active
+from .switch import active, has_triton
 
 
 def rotate(
@@ -75,24 +76,27 @@ def _rotate(
 
         return forward(q, k, positions, inv_freq, factor, interleaved, dtype)
     cos, sin = _cos_sin(positions, inv_freq, factor, dtype)
-    return _turned(q, cos, sin, interleaved), _turned(k, cos, sin, interleaved)
+    q, k = (
+        token_major(x, torch.promote_types(x.dtype, dtype)).copy_(_turned(x, cos, sin, interleaved))
+        for x in (q, k)
+    )
+    return q, k
 
 
-rotate_operator = torch.library.custom_op("clex::rotate", _rotate, mutates_args=())
+def _operator(name: str, function: Callable[..., Any]) -> Any:
+    """`function` as an operator, in which the compiler sees kernels and launches them itself.
+
+    So a compiled model does not wait for Python twice in each layer. Without Triton the compiler
+    takes it as it is.
+    """
+    if has_triton():
+        return torch.library.triton_op(name, function, mutates_args=())
+    operator = torch.library.custom_op(name, function, mutates_args=())
+    operator.register_fake(function)
+    return operator
 
 
-@rotate_operator.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    factor: Tensor,
-    interleaved: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    q_type, k_type = (torch.promote_types(x.dtype, dtype) for x in (q, k))
-    return token_major(q, q_type), token_major(k, k_type)
+rotate_operator = _operator("clex::rotate", _rotate)
 
 
 def _rotate_backward(
@@ -119,45 +123,22 @@ def _rotate_backward(
             grad_q, grad_k, out, positions, inv_freq, factor, interleaved, dtype, q_dtype, k_dtype
         )
     cos, sin = _cos_sin(positions, inv_freq, factor, dtype)
-    grads = (
-        _turned(grad_q, cos, -sin, interleaved).to(q_dtype),
-        _turned(grad_k, cos, -sin, interleaved).to(k_dtype),
-    )
+    grads = [
+        token_major(x, x_dtype).copy_(_turned(x, cos, -sin, interleaved))
+        for x, x_dtype in ((grad_q, q_dtype), (grad_k, k_dtype))
+    ]
     if not out:
-        return *grads, inv_freq.new_empty(0, inv_freq.shape[1] + 1)
+        return grads[0], grads[1], inv_freq.new_empty(0, inv_freq.shape[1] + 1)
     by_row = []
     for grad, rotated in zip((grad_q, grad_k), out, strict=True):
         g, o = (_pairs(x.float(), inv_freq.shape[1], interleaved) for x in (grad, rotated))
         turn = (g[1] * o[0] - g[0] * o[1]).sum(1) * positions[..., None]
         size = (g[0] * o[0] + g[1] * o[1]).sum((1, 2, 3)) / factor
         by_row.append(torch.cat([turn.sum(1), size[:, None]], dim=1))
-    return *grads, by_row[0] + by_row[1]
+    return grads[0], grads[1], by_row[0] + by_row[1]
 
 
-backward_operator = torch.library.custom_op(
-    "clex::rotate_backward", _rotate_backward, mutates_args=()
-)
-
-
-@backward_operator.register_fake
-def _(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    out: list[Tensor],
-    positions: Tensor,
-    inv_freq: Tensor,
-    factor: Tensor,
-    interleaved: bool,
-    dtype: torch.dtype,
-    q_dtype: torch.dtype,
-    k_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = len(grad_q) if out else 0
-    return (
-        token_major(grad_q, q_dtype),
-        token_major(grad_k, k_dtype),
-        inv_freq.new_empty(rows, inv_freq.shape[1] + 1),
-    )
+backward_operator = _operator("clex::rotate_backward", _rotate_backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -207,11 +188,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     size = cos.shape[-1]
     first, second = _pairs(x, size, interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
-    out = token_major(x, turned[0].dtype)
-    for target, value in zip(_pairs(out, size, interleaved), turned, strict=True):
-        target.copy_(value)
-    out[..., 2 * size :] = x[..., 2 * size :]
-    return out
+    rest = x[..., 2 * size :].to(turned[0].dtype)
+    if interleaved:
+        return torch.cat([torch.stack(turned, dim=-1).flatten(-2), rest], dim=-1)
+    return torch.cat([*turned, rest], dim=-1)
 
 
 def _pairs(x: Tensor, size: int, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 from triton.language.extra import libdevice
 
 from .layout import token_major
@@ -245,7 +246,7 @@ def forward(
     grid, blocks = _blocks(q, k, inv_freq.shape[1])
     if q_out.numel():
         with torch.cuda.device_of(q):
-            _forward[grid](
+            wrap_triton(_forward)[grid](
                 q, k, q_out, k_out, positions, inv_freq, factor,
                 *_strides(q, k, positions, inv_freq, factor),
                 INTERLEAVED=interleaved, TABLE=_TYPES[dtype],
@@ -273,7 +274,7 @@ def backward(
     parts = inv_freq.new_empty(grid[2] if out else 0, grid[0] * grid[1], inv_freq.shape[1] + 1)
     if q_out.numel():
         with torch.cuda.device_of(q):
-            _backward[grid](
+            wrap_triton(_backward)[grid](
                 q, k, q_out, k_out, *(out or (q, k)), parts, positions, inv_freq, factor,
                 *_strides(q, k, positions, inv_freq, factor),
                 INTERLEAVED=interleaved, TABLE=_TYPES[dtype],

@@ -18,6 +18,11 @@ _installed = importlib.util.find_spec("triton") is not None and torch.version.hi
 _wanted = os.environ.get(OFF, "0") == "0"
 
 
+def has_triton() -> bool:
+    """Whether kernels can be built here at all."""
+    return _installed
+
+
 def active(tensor: Tensor) -> bool:
     """Whether work on `tensor` goes to the kernels, which know no float64."""
     return has_kernels(tensor) and tensor.dtype != torch.float64
