@@ -86,8 +86,8 @@ def run_compare(
         ClexError: recipe, model, texts or folder are wrong. Nothing has been run then.
     """
     console, out = console or Console(stderr=True), Path(out)
-    recipe, place = read_recipe(recipe_path), choose_device(device)
-    recipe = with_changes(recipe, data=data, eval_data=eval_data, seeds=seeds)
+    recipe = with_changes(read_recipe(recipe_path), data=data, eval_data=eval_data, seeds=seeds)
+    place = choose_device(device)
     for name in only:
         recipe.method(name)
     console.print(f"reading [bold]{recipe.model}[/bold] and texts")
