@@ -197,8 +197,8 @@ def write_inputs(folder: Path) -> None:
 
 def _child(job: Job, out: Path, inputs: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    # PyTorch makes its pool of threads anew at the first use after a fork. Where a model is loaded by
-    # several threads, two may be the first, and one finds no pool.
+    # PyTorch makes its pool of threads anew at the first use after a fork. Where a model is loaded
+    # by several threads, two may be the first, and one finds no pool.
     torch.set_num_threads(torch.get_num_threads())
     # Tables of tokens are an output as well: killed with their run, found again by the next.
     datasets.config.HF_DATASETS_CACHE = out.with_name(f"{out.name}-cache")
