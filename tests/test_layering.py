@@ -43,7 +43,7 @@ PICTURE = (
     ("shards", "shapes"),
     ("data", "training_log"),
     ("layer_bytes",),
-    ("planning",),
+    ("planning", "selection"),
     ("training",),
     ("evaluation.haystacks",),
     ("evaluation.statistics", "evaluation.token_bytes"),

@@ -138,6 +138,7 @@ def test_results(finished: Path) -> None:
         *RESULTS,
         "run.json",
         "baseline.json",
+        "selection.json",
         "differences.csv",
         "documents.jsonl",
         "log.jsonl",

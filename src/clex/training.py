@@ -56,6 +56,7 @@ from .hf.loss import UNSCORED, TokenLoss
 from .hf.rotary import ropes_of
 from .positions import parse_mixture, sample_positions
 from .scaling import get_scaling
+from .selection import Selection, long_windows
 from .training_log import (
     EVERY,
     LOG_FILE,
@@ -73,7 +74,13 @@ _MOST_WINDOWS = 2**27
 
 # What is tried first at each depth; see docs/log.md for the runs that chose these.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "dynamics": {"steps": 120, "dynamics_rate": 2e-3, "native_share": 0.0, "batch_size": 1},
+    "dynamics": {
+        "steps": 120,
+        "dynamics_rate": 2e-3,
+        "native_share": 0.0,
+        "batch_size": 1,
+        "select_windows": 6,
+    },
     "lora": {"steps": 200, "rate": 2e-4, "dynamics_rate": 2e-4, "native_share": 0.25},
     "full": {"steps": 200, "rate": 2e-4, "dynamics_rate": 2e-4, "native_share": 0.25},
 }
@@ -107,6 +114,9 @@ class TrainConfig:
             of the range is safe.
         loss_windows: of a window of its scale's true length the last
             ``loss_windows * native_length`` tokens are scored: their distances are new.
+        select_windows: long windows that choose between the start and six moments of a run with
+            windows of true lengths (`clex.selection`); 0 keeps the last step, as do runs whose
+            engine cuts up weights or texts.
         shares: share of the windows from each source of a mixture (`clex.data.load_mixture`).
         long_factor: how much more often than by their size documents that fill a window are drawn.
         lora_rank: rank of the adapters.
@@ -141,6 +151,7 @@ class TrainConfig:
     curriculum: float = 0.0
     margin: float = 0.125
     loss_windows: float = 0.5
+    select_windows: int = _FROM_DEPTH
     shares: tuple[float, ...] = ()
     long_factor: float = 1.0
     lora_rank: int = 16
@@ -154,7 +165,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.depth not in DEPTHS:
             raise ConfigError(unknown("training depth", self.depth, DEPTHS))
-        fallback = {"rate": 0.0, "batch_size": 1, **_DEFAULTS[self.depth]}
+        fallback = {"rate": 0.0, "batch_size": 1, "select_windows": 0, **_DEFAULTS[self.depth]}
         for name, value in fallback.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -175,6 +186,7 @@ class TrainConfig:
             "curriculum": (0.0, 1.0),
             "margin": (0.0, 1.0),
             "loss_windows": (0.01, 1e6),
+            "select_windows": (0, 1024),
             "long_factor": (0.01, 1e6),
             "lora_rank": (1, 4096),
             "save_every": (1, 10_000_000),
@@ -269,6 +281,8 @@ def train(
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.whole_weights()
+            if trainer.selection:
+                trainer.selection.keep_best(console)
     except pickle.UnpicklingError as error:  # all is read without running what it holds
         raise CheckpointError(
             f"cannot go on from {checkpoint}: {str(error).splitlines()[0]}"
@@ -327,6 +341,11 @@ def make_trainer(
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
     )
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if config.select_windows and trainer.true_lengths and trainer.pieces == 1 and not sharded:
+        apart = long_windows(tokens, plan, config.select_windows, config.seed)
+        trainer.selection = Selection(trainer, apart, folder)
+        trainer.add_callback(trainer.selection)
     if "tensorboard" in integrations(config.report_to) and processes.is_main():
         from torch.utils.tensorboard import SummaryWriter
 
@@ -490,6 +509,7 @@ class ExtensionTrainer(Trainer):
         self._pending: Tensor | None = None
         self._pending_step = 0
         self.pieces = processes.pieces()
+        self.selection: Selection | None = None
         if self.is_fsdp_enabled:
             self._keep_dynamics_whole()
         # No "default" handlers that print: progress is shown by our own callback.
@@ -532,7 +552,7 @@ class ExtensionTrainer(Trainer):
             self.windows.plan.max_scale,
         )
 
-    def _scored(self, n: int) -> int:
+    def scored(self, n: int) -> int:
         """How many tokens of a window of `n` are scored, from its end."""
         native = self.extension.native_length
         assert native is not None
@@ -555,7 +575,7 @@ class ExtensionTrainer(Trainer):
             positions = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
             positions = positions.repeat(len(ids), 1)
         targets = nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
-        targets[:, : -self._scored(ids.shape[1]) - 1] = UNSCORED
+        targets[:, : -self.scored(ids.shape[1]) - 1] = UNSCORED
         inputs = {**inputs, "positions": positions, "targets": targets}
         buffers = [ids, positions, targets]
         context = functools.partial(
@@ -588,7 +608,7 @@ class ExtensionTrainer(Trainer):
         positions = inputs.pop("positions") if targets is not None else self._positions(inputs)
         scale = inputs.pop("scale")
         del inputs["seed"]
-        last = self._scored(ids.shape[1] * self.pieces)
+        last = self.scored(ids.shape[1] * self.pieces)
         with at_scale(self.extended, scale, positions), self.accelerator.autocast():
             what: dict[str, Any] = {"last": last} if targets is None else {"targets": targets}
             losses, _ = self.token_loss(model, **inputs, **what)
@@ -615,9 +635,10 @@ class ExtensionTrainer(Trainer):
         """Stop at a loss that is no number; looks one step back, so as not to wait."""
         before, self._pending = self._pending, losses.detach().isfinite().all()
         step, self._pending_step = self._pending_step, self.state.global_step + 1
-        self._require_finite(before, step)
+        self.require_finite(before, step)
 
-    def _require_finite(self, flag: Tensor | None, step: int, what: str = "loss") -> None:
+    def require_finite(self, flag: Tensor | None, step: int, what: str = "loss") -> None:
+        """End the run where `flag` is false, and name the last good checkpoint."""
         if flag is not None and not flag.item():
             good = _last_complete(self.folder)
             where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
@@ -660,11 +681,11 @@ class ExtensionTrainer(Trainer):
         return self.accelerator.clip_grad_norm_(rest, self.args.max_grad_norm) if rest else norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._require_finite(self._pending, self.state.global_step)
+        self.require_finite(self._pending, self.state.global_step)
         learned = [p.detach() for p in self.extended.parameters() if p.requires_grad]
         own = [p.to_local() if isinstance(p, DTensor) else p for p in learned]
         finite = torch.stack([part.isfinite().all() for part in own]).all()
-        self._require_finite(finite, self.state.global_step, "gradient")
+        self.require_finite(finite, self.state.global_step, "gradient")
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         with output_errors(folder):
             super()._save_checkpoint(model, trial)

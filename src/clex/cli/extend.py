@@ -85,6 +85,13 @@ def extend(
     curriculum: Annotated[
         float, typer.Option(help="Share of the training over which the largest scale grows.")
     ] = 0.0,
+    select_windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Long windows that choose between the start and six moments of a run with"
+            " windows of true lengths; 0 keeps the last step. 6 at depth dynamics."
+        ),
+    ] = None,
     native_share: Annotated[
         float | None, typer.Option(help="Share of training windows left as they are.")
     ] = None,
@@ -162,6 +169,7 @@ def extend(
         "dynamics_rate": dynamics_rate,
         "batch_size": batch_size,
         "native_share": native_share,
+        "select_windows": select_windows,
     }
     training = TrainConfig(
         **{name: value for name, value in chosen.items() if value is not None},
