@@ -30,7 +30,8 @@ from .training import TrainConfig
 MODEL = "tiny-llama"
 MODELS = (MODEL, "smollm2")
 SCALE = 8.0
-STEPS = 40
+# Of four windows each, and of 2,048 tokens.
+DYNAMICS_STEPS, STEPS = 10, 40
 # Windows of each of the four unseen books; fewer make the table jump.
 WINDOWS = 4
 
@@ -120,7 +121,7 @@ def _extend_tiny(out: Path, overwrite: bool, console: Console) -> None:
     clex = ClexConfig(max_scale=SCALE)
     evaluation = EvalConfig(documents=4, windows=WINDOWS)
     stages = {
-        "clex, dynamics": (TrainConfig(depth="dynamics", steps=STEPS), None, evaluation),
+        "clex, dynamics": (TrainConfig(depth="dynamics", steps=DYNAMICS_STEPS), None, evaluation),
         "clex, full": (
             TrainConfig(depth="full", steps=STEPS, batch_size=8, rate=1e-4),
             out / "dynamics",

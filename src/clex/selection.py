@@ -107,7 +107,10 @@ class Selection(TrainerCallback):
             console.print(f"keeping step {self.best}")
 
     def _look(self, step: int) -> None:
-        loss = self.losses[step] = processes.agreed(self._loss)
+        # An engine that cuts weights up needs all processes for a forward pass.
+        together = processes.cut_up(self.trainer.extended)
+        own = self._loss() if together else None
+        loss = self.losses[step] = processes.agreed(self._loss if own is None else lambda: own)
         self.trainer.require_finite(torch.tensor(math.isfinite(loss)), step, "loss on long windows")
         if not processes.is_main():
             return
@@ -132,7 +135,7 @@ class Selection(TrainerCallback):
 
     @torch.no_grad()
     def _loss(self) -> float:
-        """Mean over the windows of the mean loss of what is scored in training too."""
+        """Mean over the windows of the loss that training has, in nats a token."""
         trainer = self.trainer
         model = trainer.extended
         total, training = 0.0, model.training
@@ -140,8 +143,9 @@ class Selection(TrainerCallback):
         for batch in self.windows:
             ids = batch["input_ids"].to(trainer.args.device)
             scale = batch["scale"].to(trainer.args.device)
+            weights = trainer.weights(ids.shape[1])
             with at_scale(model, scale), trainer.accelerator.autocast():
-                losses, _ = trainer.token_loss(model, ids, last=trainer.scored(ids.shape[1]))
-            total += losses.double().mean().item()
+                losses, _ = trainer.token_loss(model, ids, last=len(weights))
+            total += (losses[0].double() * weights).sum().item()
         model.train(training)
         return total / len(self.windows)

@@ -75,8 +75,9 @@ _MOST_WINDOWS = 2**27
 # What is tried first at each depth; see docs/log.md for the runs that chose these.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "dynamics": {
-        "steps": 120,
-        "dynamics_rate": 2e-3,
+        "steps": 40,
+        "accumulation": 4,
+        "dynamics_rate": 3e-3,
         "native_share": 0.0,
         "batch_size": 1,
         "select_windows": 6,
@@ -112,11 +113,12 @@ class TrainConfig:
             geometrically from 2 (or `min_scale`) to `max_scale`; 0 is off.
         margin: how much longer windows of true lengths are than their scale says, so that the end
             of the range is safe.
-        loss_windows: of a window of its scale's true length the last
-            ``loss_windows * native_length`` tokens are scored: their distances are new.
+        end_weight: of a window of its scale's true length the tokens beyond the native window are
+            scored, whose distances are new, and the last half native window, where most can go
+            wrong, has this share of the weight on top.
         select_windows: long windows that choose between the start and six moments of a run with
-            windows of true lengths (`clex.selection`); 0 keeps the last step, as do runs whose
-            engine cuts up weights or texts.
+            windows of true lengths (`clex.selection`); 0 keeps the last step, as do runs that cut
+            texts across processes.
         shares: share of the windows from each source of a mixture (`clex.data.load_mixture`).
         long_factor: how much more often than by their size documents that fill a window are drawn.
         lora_rank: rank of the adapters.
@@ -142,15 +144,15 @@ class TrainConfig:
     min_scale: float = 1.0
     max_scale: float | None = None
     batch_size: int = _FROM_DEPTH
-    accumulation: int = 1
+    accumulation: int = _FROM_DEPTH
     global_batch: int | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
     native_share: float = _FROM_DEPTH
     curriculum: float = 0.0
-    margin: float = 0.125
-    loss_windows: float = 0.5
+    margin: float = 0.03125
+    end_weight: float = 0.5
     select_windows: int = _FROM_DEPTH
     shares: tuple[float, ...] = ()
     long_factor: float = 1.0
@@ -165,7 +167,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.depth not in DEPTHS:
             raise ConfigError(unknown("training depth", self.depth, DEPTHS))
-        fallback = {"rate": 0.0, "batch_size": 1, "select_windows": 0, **_DEFAULTS[self.depth]}
+        if self.global_batch is not None and self.accumulation is None:
+            object.__setattr__(self, "accumulation", 1)  # follows below
+        fallback = {"rate": 0.0, "batch_size": 1, "accumulation": 1, "select_windows": 0}
+        fallback |= _DEFAULTS[self.depth]
         for name, value in fallback.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -185,7 +190,7 @@ class TrainConfig:
             "native_share": (0.0, 1.0),
             "curriculum": (0.0, 1.0),
             "margin": (0.0, 1.0),
-            "loss_windows": (0.01, 1e6),
+            "end_weight": (0.0, 1.0),
             "select_windows": (0, 1024),
             "long_factor": (0.01, 1e6),
             "lora_rank": (1, 4096),
@@ -341,8 +346,7 @@ def make_trainer(
     trainer = ExtensionTrainer(
         model=model, args=arguments, train_dataset=windows, data_collator=collate, config=config
     )
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if config.select_windows and trainer.true_lengths and trainer.pieces == 1 and not sharded:
+    if config.select_windows and trainer.true_lengths and trainer.pieces == 1:
         apart = long_windows(tokens, plan, config.select_windows, config.seed)
         trainer.selection = Selection(trainer, apart, folder)
         trainer.add_callback(trainer.selection)
@@ -552,11 +556,18 @@ class ExtensionTrainer(Trainer):
             self.windows.plan.max_scale,
         )
 
-    def scored(self, n: int) -> int:
-        """How many tokens of a window of `n` are scored, from its end."""
+    def weights(self, n: int) -> Tensor:
+        """Weights of the scored tokens of a window of `n`, float32 (last,), sum 1."""
         native = self.extension.native_length
         assert native is not None
-        return min(n - 1, round(self.config.loss_windows * native)) if self.true_lengths else n - 1
+        last, end = n - 1, 0
+        if self.true_lengths:
+            end = min(n - 1, max(1, native // 2))
+            last = max(n - native, end)
+        share = self.config.end_weight if end else 0.0
+        weights = torch.full((last,), (1 - share) / last, device=self.args.device)
+        weights[last - end :] += share / max(end, 1)
+        return weights
 
     def _prepare_context_parallel_inputs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -575,13 +586,18 @@ class ExtensionTrainer(Trainer):
             positions = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
             positions = positions.repeat(len(ids), 1)
         targets = nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
-        targets[:, : -self.scored(ids.shape[1]) - 1] = UNSCORED
-        inputs = {**inputs, "positions": positions, "targets": targets}
-        buffers = [ids, positions, targets]
+        weights = self.weights(ids.shape[1])
+        # The last token predicts nothing.
+        weights = nn.functional.pad(weights, (ids.shape[1] - 1 - len(weights), 1)).repeat(
+            len(ids), 1
+        )
+        targets[weights == 0] = UNSCORED
+        inputs = {**inputs, "positions": positions, "targets": targets, "weights": weights}
+        buffers = [ids, positions, targets, weights]
         context = functools.partial(
             self.accelerator.maybe_context_parallel,
             buffers=buffers,
-            buffer_seq_dims=[1, 1, 1],
+            buffer_seq_dims=[1, 1, 1, 1],
             no_restore_buffers=set(buffers),
         )
         return context, inputs
@@ -608,19 +624,19 @@ class ExtensionTrainer(Trainer):
         positions = inputs.pop("positions") if targets is not None else self._positions(inputs)
         scale = inputs.pop("scale")
         del inputs["seed"]
-        last = self.scored(ids.shape[1] * self.pieces)
+        weights = inputs.pop("weights") if targets is not None else self.weights(ids.shape[1])
         with at_scale(self.extended, scale, positions), self.accelerator.autocast():
-            what: dict[str, Any] = {"last": last} if targets is None else {"targets": targets}
+            what: dict[str, Any] = (
+                {"last": len(weights)} if targets is None else {"targets": targets}
+            )
             losses, _ = self.token_loss(model, **inputs, **what)
         self._watch(losses)
-        if targets is not None:
-            # The pieces' losses add up, but the engine takes the mean of the pieces' gradients.
-            loss = losses.sum(dim=1).mean() * (self.pieces / last)
-        elif "position_ids" in inputs:
-            scored = (inputs["position_ids"][:, -last:] != 0).float()
-            loss = ((losses * scored).sum(dim=1) / scored.sum(dim=1).clamp(min=1)).mean()
-        else:
-            loss = losses.mean()
+        if "position_ids" in inputs:
+            # The first token of a document has nothing before it; the others are as good as any.
+            weights = weights * (inputs["position_ids"][:, -len(weights) :] != 0)
+            weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        # Pieces' losses add up, but the engine takes the mean of the pieces' gradients.
+        loss = (losses * weights).sum(dim=-1).mean() * self.pieces
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -64,8 +64,9 @@ def extend(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass.")] = None,
     accumulation: Annotated[
-        int, typer.Option(help="Forward passes of each process in a step.")
-    ] = 1,
+        int | None,
+        typer.Option(help="Forward passes of each process in a step; 4 at depth dynamics, else 1."),
+    ] = None,
     global_batch: Annotated[
         int | None,
         typer.Option(help="Windows in a step of all processes; replaces --accumulation."),
@@ -168,6 +169,7 @@ def extend(
         "rate": rate,
         "dynamics_rate": dynamics_rate,
         "batch_size": batch_size,
+        "accumulation": accumulation,
         "native_share": native_share,
         "select_windows": select_windows,
     }
@@ -175,7 +177,6 @@ def extend(
         **{name: value for name, value in chosen.items() if value is not None},
         depth=train.value,
         curriculum=curriculum,
-        accumulation=accumulation,
         global_batch=global_batch,
         long_factor=long_factor,
         lora_rank=lora_rank,

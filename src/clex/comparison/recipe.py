@@ -57,7 +57,7 @@ EQUAL = (
     "warmup",
     "weight_decay",
     "clip",
-    "loss_windows",
+    "end_weight",
     "lora_rank",
     "precision",
 )
