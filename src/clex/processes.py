@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -57,11 +57,19 @@ def readers() -> int:
 
 
 def join() -> None:
-    """Take this process's GPU and meet the other processes; nothing to do for a single one."""
+    """Take this process's GPU and meet the other processes; nothing to do for a single one.
+
+    Raises:
+        ConfigError: accelerate does not cut weights or texts on CPUs, though it was asked to.
+    """
     if world_size() > 1:
         # transformers would read the weights in one process and leave the others' empty.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available())
+        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if state.distributed_type == DistributedType.MULTI_CPU and (sharded or pieces() > 1):
+            what = "context parallelism" if pieces() > 1 else "FSDP2"
+            raise ConfigError(f"{what} needs GPUs; on CPUs start this run with torchrun, for DDP")
         _patient_group()
 
 
