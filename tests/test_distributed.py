@@ -498,6 +498,21 @@ def test_lost_process_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert said.endswith("checkpoint-2")
 
 
+def ended_by_the_launcher() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(TrainingError, match="the launcher ended this process; go on"),
+        processes.others_alive(lambda: "go on"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_launcher_that_ends_the_others() -> None:
+    """`torchrun` does so as soon as it sees one process end."""
+    assert launch(2, ended_by_the_launcher) == [0, 0]
+
+
 def test_steps_of_other_windows_are_refused(tmp_path: Path) -> None:
     assert launch(1, run_until_killed, tmp_path, LONGER) == [-signal.SIGKILL]
     with pytest.raises(ConfigError, match="pass --global-batch 4"):

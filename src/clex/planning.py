@@ -85,7 +85,7 @@ class Sizes:
         """The sizes of a transformers config of a dense decoder.
 
         Raises:
-            ConfigError: the config lacks one of them, or its model has other parts, such as experts.
+            ConfigError: the config lacks one of them, or its model has other parts, as experts.
         """
         text = config.get_text_config()
         try:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -125,8 +127,15 @@ def others_alive(advice: Callable[[], str]) -> Iterator[None]:
         advice: called for the end of the line.
 
     Raises:
-        TrainingError: a collective failed since another process is gone.
+        TrainingError: a collective failed since another process is gone, or the launcher, which
+            saw it first, ends this one.
     """
+
+    def told(number: int, frame: Any) -> None:
+        raise TrainingError(f"the launcher ended this process; {advice()}")
+
+    mine = world_size() > 1 and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, told) if mine else None
     try:
         yield
     except RuntimeError as error:
@@ -135,3 +144,6 @@ def others_alive(advice: Callable[[], str]) -> Iterator[None]:
         if world_size() > 1 and network and "out of memory" not in text:
             raise TrainingError(f"another process of this run ended; {advice()}") from error
         raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
