@@ -175,7 +175,7 @@ def test_feed_forward_without_a_gate() -> None:
     sizes = Sizes.of(model.config)
     assert sizes.products == 2
     count = sum(p.numel() for p in model.parameters())
-    assert sizes.weights == pytest.approx(count, rel=0.01)  # biases are not counted
+    assert sizes.weights == pytest.approx(count, rel=0.05)  # biases are not counted
 
 
 def test_experts_are_refused() -> None:

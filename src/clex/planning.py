@@ -103,10 +103,10 @@ class Sizes:
         except AttributeError as error:
             raise ConfigError(f"cannot plan for {text.model_type!r}: {error}") from None
         count = count_weights(text)
-        for products in (3, 2):
-            found = dataclasses.replace(sizes, products=products)
-            if abs(found.weights - count) <= 0.01 * count:
-                return found
+        forms = [sizes, dataclasses.replace(sizes, products=2)]
+        nearest = min(forms, key=lambda form: abs(form.weights - count))
+        if abs(nearest.weights - count) <= 0.05 * count:  # biases are not counted
+            return nearest
         raise ConfigError(
             f"cannot plan for {text.model_type!r}: it has {count / 1e6:,.0f} million weights, a"
             f" dense decoder of its sizes {sizes.weights / 1e6:,.0f} million"
