@@ -42,7 +42,8 @@ def count_weights(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    return sum(p.numel() for p in model.parameters())
+    count: int = sum(p.numel() for p in model.parameters())
+    return count
 
 
 def load_skeleton(name: str | Path) -> nn.Module:
