@@ -29,7 +29,7 @@ from transformers import AttentionInterface, TrainerCallback
 
 import clex
 import tiny
-from clex import cli, training
+from clex import cli, processes, training
 from clex.errors import ConfigError, DataError, TrainingError
 from clex.hf.checkpoint import WEIGHTS_FILE
 from clex.hf.extend import config_of
@@ -298,6 +298,40 @@ def test_fsdp2_in_bfloat16(single: Path, tmp_path: Path) -> None:
         assert {t.dtype for t in load_file(tmp_path / name).values()} == {torch.float32}
 
 
+def tied(folder: Path) -> None:
+    model = clex.extend(tiny.make_model(tie_word_embeddings=True), clex.ClexConfig(max_scale=4))
+    config = TrainConfig(depth="full", steps=1, global_batch=2)
+    training.train(model, TOKENS, config, folder, console=Console(file=io.StringIO()))
+
+
+def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
+    assert launch(1, tied, tmp_path / "one") == [0]
+    assert launch(2, tied, tmp_path / "two", engine=FSDP) == [0, 0]
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert "lm_head.weight" not in one
+
+
+def test_the_precision_is_ours(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the launcher's config says of mixed precision."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launch(1, run, tmp_path, {"precision": "fp32"}) == [0]
+    assert losses(tmp_path) == losses(single)
+
+
+def joins() -> None:
+    with pytest.raises(ConfigError, match="FSDP2 needs GPUs"):
+        processes.join()
+
+
+def test_cutting_weights_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would leave them whole without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launch(2, joins) == [0, 0]
+
+
 def run_zero3(folder: Path, settings: dict[str, Any]) -> None:
     import deepspeed  # noqa: F401
 
@@ -463,6 +497,21 @@ def test_lost_process_ends_the_run_in_one_line(tmp_path: Path) -> None:
     said = (tmp_path / "said").read_text()
     assert said.startswith("another process of this run ended; the same command goes on from ")
     assert said.endswith("checkpoint-2")
+
+
+def ended_by_the_launcher() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(TrainingError, match="the launcher ended this process; go on"),
+        processes.others_alive(lambda: "go on"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_launcher_that_ends_the_others() -> None:
+    """`torchrun` does so as soon as it sees one process end."""
+    assert launch(2, ended_by_the_launcher) == [0, 0]
 
 
 def test_steps_of_other_windows_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from benchmarks.scaling import planned
 from typer.testing import CliRunner
 
@@ -153,12 +154,44 @@ def test_command(tmp_path: Path) -> None:
     assert "take:" in run("llama-1b", "--length", "4096", "--gpus", "2").output
 
 
+@pytest.mark.parametrize("length", ["64", "1048576"])
+def test_tables_fit_eighty_columns(monkeypatch: pytest.MonkeyPatch, length: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    output = run("llama-70b", "--length", length, "--gpus", "16").output
+    advice = ("take", "time of", "nothing")
+    lines = [line for line in output.splitlines() if not line.startswith(advice)]
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in output  # nothing is cut short
+    words = set(output.split())
+    names = "weights gradients optimizer activations logits allocated fits PFLOPs s/step tokens/s"
+    assert {*names.split(), "FSDP2,", "pieces,", "recomputing"} <= words
+    assert sum(line.lstrip().startswith(("DDP", "FSDP2")) for line in lines) == 2 * len(
+        plan_for("llama-70b", int(length), 16, "full")
+    )
+
+
+def test_feed_forward_without_a_gate() -> None:
+    model: Any = tiny.make_model("gpt_neox")
+    sizes = Sizes.of(model.config)
+    assert sizes.products == 2
+    count = sum(p.numel() for p in model.parameters())
+    assert sizes.weights == pytest.approx(count, rel=0.05)  # biases are not counted
+
+
+def test_experts_are_refused() -> None:
+    sizes = {**tiny.GROUPED, "num_local_experts": 4}
+    with pytest.raises(ConfigError, match="cannot plan for 'mixtral'"):
+        Sizes.of(transformers.MixtralConfig(**sizes))
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (("llama-2b", "--length", "4096"), "llama-2b"),
         (("llama-1b", "--length", "0"), "length must be at least 1"),
         (("llama-1b", "--length", "64", "--gpus", "0"), "gpus must be at least 1"),
+        (("llama-1b", "--length", "64", "--lora-rank", "0"), "LoRA rank must be at least 1"),
+        (("llama-1b", "--length", "64", "--tokens", "nan"), "tokens must be a positive number"),
     ],
 )
 def test_bad_input(args: tuple[str, ...], says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from transformers import PreTrainedConfig
 
@@ -29,7 +30,8 @@ def plan_for(
     Raises:
         ConfigError: a number is out of range, or there is no such model.
     """
-    for name, value in (("length", length), ("gpus", gpus), ("batch size", batch)):
+    given = {"length": length, "gpus": gpus, "batch size": batch, "LoRA rank": rank}
+    for name, value in given.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
     sizes = Sizes.of(_config(model))
@@ -44,36 +46,48 @@ def _config(model: str) -> PreTrainedConfig:
     return load_host_config(model)
 
 
-def plan_table(estimates: list[Estimate], title: str) -> Table:
-    """One row for each layout; sizes are GiB of one GPU."""
-    table = Table(title=title)
-    table.add_column("layout")
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
-    columns = (
-        *names,
-        "allocated",
-        "with CUDA",
-        "fits",
-        "PFLOPs/step",
-        "GB sent",
-        "s/step",
-        "tokens/s",
+def plan_tables(estimates: list[Estimate], title: str) -> list[Table]:
+    """Two tables with a row for each layout, which 80 columns hold: memory, and a step.
+
+    Sizes are GiB of one GPU.
+    """
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    memory = _table(f"{title}\nat the peak, GiB of one GPU", parts)
+    step = _table(
+        "all together, and a step",
+        ("allocated", "with\nCUDA", "fits", "PFLOPs", "GB\nsent", "s/step", "tokens/s"),
     )
-    for column in columns:
-        table.add_column(column, justify="right")
     for e in estimates:
-        table.add_row(
+        memory.add_row(str(e.layout), *(_number(getattr(e, name) / GB) for name in parts))
+        step.add_row(
             str(e.layout),
-            *(f"{getattr(e, name) / GB:.1f}" for name in names),
-            f"{e.allocated / GB:.1f}",
-            f"{e.memory / GB:.1f}",
+            _number(e.allocated / GB),
+            _number(e.memory / GB),
             "yes" if e.fits else "no",
-            f"{(e.linear_flops + e.attention_flops) / 1e15:,.1f}",
-            f"{e.communication / 1e9:.1f}",
-            f"{e.seconds:,.2f}",
-            f"{e.tokens_per_second:,.0f}",
+            _number((e.linear_flops + e.attention_flops) / 1e15),
+            _number(e.communication / 1e9),
+            _number(e.seconds),
+            _number(e.tokens_per_second),
         )
+    return [memory, step]
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("layout")
+    for column in columns:
+        # The layout breaks where a line is too long, between words; numbers never do.
+        table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _number(value: float) -> str:
+    """Three digits, or all of those before the point; no more than seven characters."""
+    if value >= 1e6:
+        return f"{value:.1e}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def advice(estimates: list[Estimate], tokens: float | None = None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .hf.loss import LOGITS_AT_ONCE
+from .hf.skeleton import count_weights
 from .layer_bytes import ADAPTED, AUTOCAST, FROZEN, SHARDED, Traffic
 
 GB = 2**30
@@ -67,6 +68,7 @@ class Sizes:
     Attributes:
         attended: heads times head size.
         key_value: key-value heads times head size.
+        products: of the feed-forward part: 3 where it is gated, else 2.
     """
 
     layers: int
@@ -76,19 +78,20 @@ class Sizes:
     inner: int
     vocabulary: int
     tied: bool
+    products: int = 3
 
     @classmethod
     def of(cls, config: Any) -> Sizes:
         """The sizes of a transformers config of a dense decoder.
 
         Raises:
-            ConfigError: the config lacks one of them.
+            ConfigError: the config lacks one of them, or its model has other parts, as experts.
         """
         text = config.get_text_config()
         try:
             heads = text.num_attention_heads
             head = getattr(text, "head_dim", None) or text.hidden_size // heads
-            return cls(
+            sizes = cls(
                 layers=text.num_hidden_layers,
                 hidden=text.hidden_size,
                 attended=heads * head,
@@ -99,6 +102,15 @@ class Sizes:
             )
         except AttributeError as error:
             raise ConfigError(f"cannot plan for {text.model_type!r}: {error}") from None
+        count = count_weights(text)
+        forms = [sizes, dataclasses.replace(sizes, products=2)]
+        nearest = min(forms, key=lambda form: abs(form.weights - count))
+        if abs(nearest.weights - count) <= 0.05 * count:  # biases are not counted
+            return nearest
+        raise ConfigError(
+            f"cannot plan for {text.model_type!r}: it has {count / 1e6:,.0f} million weights, a"
+            f" dense decoder of its sizes {sizes.weights / 1e6:,.0f} million"
+        )
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -108,7 +120,9 @@ class Sizes:
     @property
     def layer(self) -> int:
         """Weights of one layer."""
-        return self.hidden * (2 * self.attended + 2 * self.key_value + 3 * self.inner + 2)
+        return self.hidden * (
+            2 * self.attended + 2 * self.key_value + self.products * self.inner + 2
+        )
 
     @property
     def embedding(self) -> int:
@@ -142,10 +156,10 @@ class Layout:
     accumulation: int = 1
 
     def __str__(self) -> str:
-        parts = [] if self.gpus == 1 else ["FSDP2" if self.sharded else "DDP"]
+        parts = ["one GPU" if self.gpus == 1 else "FSDP2" if self.sharded else "DDP"]
         parts += [f"texts in {self.pieces} pieces"] if self.pieces > 1 else []
         parts += ["recomputing"] if self.checkpointing else []
-        return ", ".join(parts) or "one GPU"
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -237,7 +251,7 @@ def estimate(
     adapters = 0
     if depth == "lora":
         ends = 4 * sizes.hidden + 2 * sizes.attended + 2 * sizes.key_value
-        adapters = sizes.layers * rank * (ends + 3 * (sizes.hidden + sizes.inner))
+        adapters = sizes.layers * rank * (ends + sizes.products * (sizes.hidden + sizes.inner))
     trained = sizes.weights if full else adapters
 
     # Forward once, backward twice (once where weights are frozen), forward again to recompute.

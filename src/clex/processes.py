@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -57,11 +59,19 @@ def readers() -> int:
 
 
 def join() -> None:
-    """Take this process's GPU and meet the other processes; nothing to do for a single one."""
+    """Take this process's GPU and meet the other processes; nothing to do for a single one.
+
+    Raises:
+        ConfigError: accelerate does not cut weights or texts on CPUs, though it was asked to.
+    """
     if world_size() > 1:
         # transformers would read the weights in one process and leave the others' empty.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available())
+        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if state.distributed_type == DistributedType.MULTI_CPU and (sharded or pieces() > 1):
+            what = "context parallelism" if pieces() > 1 else "FSDP2"
+            raise ConfigError(f"{what} needs GPUs; on CPUs start this run with torchrun, for DDP")
         _patient_group()
 
 
@@ -117,8 +127,15 @@ def others_alive(advice: Callable[[], str]) -> Iterator[None]:
         advice: called for the end of the line.
 
     Raises:
-        TrainingError: a collective failed since another process is gone.
+        TrainingError: a collective failed since another process is gone, or the launcher, which
+            saw it first, ends this one.
     """
+
+    def told(number: int, frame: Any) -> None:
+        raise TrainingError(f"the launcher ended this process; {advice()}")
+
+    mine = world_size() > 1 and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, told) if mine else None
     try:
         yield
     except RuntimeError as error:
@@ -127,3 +144,6 @@ def others_alive(advice: Callable[[], str]) -> Iterator[None]:
         if world_size() > 1 and network and "out of memory" not in text:
             raise TrainingError(f"another process of this run ended; {advice()}") from error
         raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)

@@ -450,6 +450,8 @@ def _arguments(config: TrainConfig, folder: Path, longest: int) -> TrainingArgum
     checkpointing = config.checkpointing == "on" or (
         config.checkpointing == "auto" and longest > 16384
     )
+    # What a launcher's config says would go before `bf16` below.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from .app import Depth, TrustRemoteCode, app, show
 
 
@@ -31,11 +33,14 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Memory and time of a training on H100 GPUs before it is started, and how to cut it up."""
-    from ..plan_report import advice, plan_for, plan_table
+    from ..plan_report import advice, plan_for, plan_tables
 
+    if tokens is not None and not 0 < tokens < math.inf:
+        raise ConfigError(f"tokens must be a positive number, not {tokens:g}")
     estimates = plan_for(model, length, gpus, train.value, batch=batch_size, rank=lora_rank)
     if as_json:
         show([estimate.to_dict() for estimate in estimates])
         return
-    show(plan_table(estimates, f"{model}, {train.value}, windows of {length:,} tokens"))
+    for table in plan_tables(estimates, f"{model}, {train.value}, windows of {length:,} tokens"):
+        show(table)
     typer.echo(advice(estimates, tokens))

@@ -93,6 +93,10 @@ def _save(
         state = model.state_dict() if state is None else state
         if weights == "full":
             state = {k: v for k, v in state.items() if not _is_ours(k)}
+        # Gathered copies of tied weights no longer share memory, by which the host knows them.
+        once = dict(target.named_parameters())
+        tied = dict(target.named_parameters(remove_duplicate=False)).keys() - once.keys()
+        state = {k: v for k, v in state.items() if k not in tied}
         target.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -37,6 +37,15 @@ def skeleton_of(config: PreTrainedConfig) -> nn.Module:
     return model.eval()
 
 
+def count_weights(config: PreTrainedConfig) -> int:
+    """Weights of the model that `config` describes, tied ones once; none are made."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    count: int = sum(p.numel() for p in model.parameters())
+    return count
+
+
 def load_skeleton(name: str | Path) -> nn.Module:
     """The skeleton of a plain model, or of a result of ``clex extend`` with its extension.
 
