@@ -134,8 +134,15 @@ def test_prompts_are_the_authors(tasks: dict[str, Any]) -> None:
     )
     lsht = "请判断给定新闻的类别，下面是一些例子。\n\nCONTEXT\nINPUT"  # noqa: RUF001
     assert prompt("lsht") == lsht
-    assert prompt("lcc") == "Please complete the code given below. \nCONTEXTNext line of code:"
-    assert prompt("repobench-p").endswith("\nCONTEXTINPUTNext line of code:")
+    assert prompt("lcc") == "Please complete the code given below. \nCONTEXTNext line of code:\n"
+    # White space that lm-eval's own prompts lack, from the authors' config/dataset2prompt.json.
+    assert prompt("repobench-p").endswith("\nCONTEXTINPUTNext line of code:\n")
+    assert prompt("triviaqa").endswith("examples.\n\nCONTEXT\n\nINPUT")
+    assert prompt("samsum").endswith("examples.\n\nCONTEXT\n\nINPUT")
+    assert prompt("trec").endswith("questions.\n\nCONTEXT\nINPUT")
+    assert prompt("passage_count").endswith("and so on.\n\nThe final answer is: ")
+    assert prompt("passage_retrieval_en").endswith("etc.\n\nThe answer is: ")
+    assert prompt("narrativeqa").count(" as concisely as you can, ") == 2
     for name in longbench.TASKS:
         assert "CONTEXT" in prompt(name)
 

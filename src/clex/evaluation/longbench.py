@@ -1,9 +1,9 @@
 """LongBench v1 (Bai et al., ACL 2024, arXiv 2308.14508) on lm-evaluation-harness.
 
 Prompts, answer lengths and metrics are those that lm-eval packages. Where its tasks differ from the
-authors' `pred.py` and `eval.py`, the authors are followed: the first line of few-shot answers, the
-end of a samsum answer, and the line of code that is compared. Items come from files of the authors'
-form or, without any, from the hub.
+authors' `dataset2prompt.json`, `pred.py` and `eval.py`, the authors are followed: white space in
+seven prompts, the first line of few-shot answers, the end of a samsum answer, and the line of code
+that is compared. Items come from files of the authors' form or, without any, from the hub.
 """
 
 from __future__ import annotations
@@ -53,6 +53,18 @@ TASKS = {
     "passage_retrieval_zh": ("synthetic", "zh"),
     "lcc": ("code", "code"),
     "repobench-p": ("code", "code"),
+}
+
+# White space of the authors' prompts that lm-eval lost: what it has, and what they have.
+_QUESTION = ("{{context}}\n{{question}}", "{{context}}\n\n{{question}}")
+_PROMPTS = {
+    "narrativeqa": ("asconcisely", "as concisely"),
+    "triviaqa": _QUESTION,
+    "samsum": _QUESTION,
+    "passage_count": ("answer is:", "answer is: "),
+    "passage_retrieval_en": ("answer is:", "answer is: "),
+    "lcc": ("line of code:", "line of code:\n"),
+    "repobench-p": ("line of code:", "line of code:\n"),
 }
 
 Judge = Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]]
@@ -188,6 +200,9 @@ def _follow_authors(task: Any, name: str, tokenizer: Any) -> None:
         ends = [token for token in (tokenizer.eos_token_id, newline) if token is not None]
         generation.update(eos_token_id=ends, min_new_tokens=1)
     task.set_config("generation_kwargs", generation, update=True)
+    theirs, authors = _PROMPTS.get(name, ("", ""))
+    if authors not in task.config.doc_to_text:  # a release of lm-eval may have it right
+        task.set_config("doc_to_text", task.config.doc_to_text.replace(theirs, authors))
     category = TASKS[name][0]
     if category == "fewshot":
         task.set_config("process_results", first_line_only(task.config.process_results))
