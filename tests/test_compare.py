@@ -200,7 +200,9 @@ def test_the_shipped_recipes() -> None:
         tokens = whole.steps * whole.windows_per_step * native
         first = short.steps * short.windows_per_step * native
         mean = native * (1 + recipe.max_scale) / 2 * (1 + after.margin)
-        assert first + after.steps * mean == pytest.approx(tokens, rel=0.02)
+        assert first + after.steps * after.windows_per_step * mean == pytest.approx(
+            tokens, rel=0.02
+        )
         # The other order, in the same parts.
         assert recipe.training(recipe.method("dynamics"), 0) == after
         last = recipe.training(recipe.method("dynamics-then-weights"), 0)

@@ -54,7 +54,7 @@ def silent() -> Console:
 def run(folder: Path, model: Any = None, **settings: Any) -> Any:
     tokens = settings.pop("tokens", TOKENS)
     # What is learned counts here, and not whether it is any good: see test_selection.py.
-    settings = {"steps": 4, "save_every": 2, "select_windows": 0, **settings}
+    settings = {"steps": 4, "accumulation": 1, "save_every": 2, "select_windows": 0, **settings}
     return training.train(
         model or make(), tokens, TrainConfig(**settings), folder, console=silent()
     )
