@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -354,6 +357,24 @@ def test_the_whole_command(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(OutputError, match=r"other settings \(limit\)"):
         CliRunner().invoke(app, [*words, "--limit", "1"], catch_exceptions=False)
+
+
+def test_a_task_that_does_not_fit_is_left_out_and_told(data: Path) -> None:
+    report = record(context=WORDS, input="", answers=["the men"])
+    write_items(data / "items", "gov_report.jsonl", [report])  # asks for 512 new tokens
+    names = ("longbench_gov_report", "longbench_trec")
+    config = HarnessConfig(tasks=names, longbench=str(data / "items"))
+    told = Console(file=io.StringIO(), width=300)
+    (row,) = run_harness("tiny-llama", data / "two", config, device=CPU, console=told)
+    assert row.task == "longbench_trec"
+    results = json.loads((data / "two" / "results.json").read_text())
+    (left,) = results["left_out"]
+    assert (left["method"], left["task"]) == ("base", "longbench_gov_report")
+    assert "window of 256 tokens has no room for a prompt and 512" in left["why"]
+    assert "left out: longbench_gov_report for base" in told.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="no room for a prompt and 512"):
+        alone = replace(config, tasks=names[:1])
+        run_harness("tiny-llama", data / "one", alone, device=CPU)
 
 
 def test_scores_of_another_file_are_not_taken_for_its_own(data: Path) -> None:

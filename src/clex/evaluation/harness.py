@@ -134,7 +134,8 @@ def run_harness(
         console: where progress and tables go.
 
     Returns:
-        One row for each method, task and metric, in the order in which they were asked for.
+        One row for each method, task and metric, in the order in which they were asked for. A task
+        whose answers do not fit into a method's window is left out for it, and told.
 
     Raises:
         ClexError: one line that says what is wrong.
@@ -148,6 +149,7 @@ def run_harness(
     tasks = _load_tasks(config, tokenizer, source)
     sources = {task_name(file): file for file in config.texts}
     rows: list[Score] = []
+    left_out: list[dict[str, str]] = []
     with claimed(out, settings, overwrite):
         for method, subject in subjects.items():
             files = {name: _task_file(out, method, name) for name in tasks}
@@ -156,17 +158,26 @@ def run_harness(
                 with subject.open() as model:
                     for name in missing:
                         reader = partial(_reader, model, tokenizer, subject, config)
-                        answer = _run_task(reader, name, tasks[name], method, config, console)
+                        try:
+                            answer = _run_task(reader, name, tasks[name], method, config, console)
+                        except ConfigError as error:  # its answers do not fit into the window
+                            left_out.append({"method": method, "task": name, "why": str(error)})
+                            continue
                         write_json(files[name], {"source": sources.get(name), **answer})
             for file in files.values():
-                rows += [Score(**row) for row in read_json(file)["scores"]]
+                if file.is_file():
+                    rows += [Score(**row) for row in read_json(file)["scores"]]
+        if not rows:
+            raise ConfigError(left_out[0]["why"])
         cells = [cell for method in subjects for cell in _categories(method, rows)]
         about = {
             "settings": settings,
             "versions": {**versions(), **{name: _version(name) for name in _PACKAGES}},
         }
-        _write(out, about, rows, cells)
+        _write(out, {**about, "left_out": left_out}, rows, cells)
     console.print(score_table(rows))
+    for one in left_out:
+        console.print(f"[yellow]left out[/yellow]: {one['task']} for {one['method']}: {one['why']}")
     for language in dict.fromkeys(cell.language for cell in cells):
         console.print(longbench.category_table(cells, language))
     console.print(f"in [bold]{out}[/bold]: results.json, results.csv, tasks/")
