@@ -366,10 +366,10 @@ def job(tmp_path: Path) -> Any:
 
         def run(out: str, **changes: Any) -> list[Row]:
             settings: dict[str, Any] = {"max_scale": 4, "evaluation": evaluation, "device": "cpu"}
+            settings["console"] = quiet()
             return run_perplexity(
                 str(model),
                 out=tmp_path / out,
-                console=quiet(),
                 **{**settings, "data": data, **changes},
             )
 
@@ -378,6 +378,13 @@ def job(tmp_path: Path) -> Any:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_documents_that_are_too_short_are_told(job: Any) -> None:
+    told = Console(file=io.StringIO(), width=200)
+    job("out", console=told, evaluation=EvalConfig(documents=3, protocols=("window",)))
+    said = told.file.getvalue()  # type: ignore[attr-defined]
+    assert "reading 3 of 5 documents; shorter than 256 tokens: 1" in said
 
 
 def test_killed_and_started_again(

@@ -437,6 +437,12 @@ def run_perplexity(
     tokenizer = load_tokenizer(measured.source)
     tokens = load_tokens(data, tokenizer, field)
     chosen = select_documents(tokens, plan)
+    needed = plan.lengths[-1] if plan.reads_windows() else 2
+    short = sum(length < needed for length in tokens["length"])
+    console.print(
+        f"reading {len(chosen)} of {len(tokens)} documents"
+        + (f"; shorter than {needed:,} tokens: {short}" if short else "")
+    )
     settings = {
         "model": model_name,
         "data": str(data),

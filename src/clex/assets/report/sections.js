@@ -37,7 +37,7 @@ function header() {
     ["native window", `${grouped(native)} tokens`],
     ["longest text", `${grouped(Math.round(native * report.model.max_scale))} tokens (t = ${report.model.max_scale})`],
     ["training of each method", `${grouped(b.tokens)} tokens in ${grouped(b.steps)} steps`],
-    ["seeds", report.seeds.join(", ")],
+    [report.seeds.length > 1 ? "seeds" : "seed", report.seeds.map((seed) => `no. ${seed}`).join(", ")],
     ["measured on", `${report.text.documents} documents, ${report.text.windows} windows`],
   ];
   return h("header", null,
