@@ -13,6 +13,11 @@ from .errors import ConfigError, unknown
 GRIDS = ("none", "integer", "quarter_octave")
 ACTIVATIONS = ("tanh", "silu")
 SOLVERS = ("rk4", "dopri5")
+PER_LAYER = ("none", "temperature", "curve")
+
+# How much faster than the field's network the numbers of single dimensions and layers move: each
+# has a gradient of its own, while all of the network moves every rate (docs/log.md).
+OWN_GAIN = 3.0
 
 # Limits that keep a config file from asking for unbounded memory or time.
 _LIMITS = {
@@ -28,7 +33,7 @@ _LIMITS = {
 _MOST_NAMES = 64
 _TEXTS = (
     *("preset", "method", "grid", "temperature", "positions"),
-    *("field", "base", "activation", "solver"),
+    *("field", "base", "activation", "solver", "per_layer"),
 )
 
 # How the whole of training and inference looks; every method uses these.
@@ -55,6 +60,7 @@ _DYNAMICS: dict[str, dict[str, Any]] = {
         "base": "dynamic_ntk",
         "width": 0.5,
         "activation": "tanh",
+        "per_layer": "none",
         "bound": 1.0,
         "solver": "rk4",
         "steps": 16,
@@ -67,6 +73,7 @@ _DYNAMICS: dict[str, dict[str, Any]] = {
         "base": "dynamic_ntk",
         "width": 1.0,
         "activation": "tanh",
+        "per_layer": "none",
         "bound": 0.0,
         "solver": "rk4",
         "steps": 64,
@@ -109,6 +116,9 @@ class ClexConfig:
         base: closed-form method around which the field acts.
         width: hidden width of the field over the rotary dimension, the paper's lambda.
         activation: ``"tanh"`` or ``"silu"``.
+        per_layer: what each layer has of its own, around one field for all: ``"none"``,
+            ``"temperature"``, or ``"curve"`` (frequencies and temperature), which is nearest to
+            what models need but cannot be exported to engines that take one set of factors.
         bound: the modulated field keeps each rate within a factor exp(+-bound) of the base's.
         solver: ``"rk4"`` (fixed steps, all scales at once) or ``"dopri5"`` (torchdiffeq, adaptive).
         steps: RK4 steps from t = 1 to the wanted t.
@@ -134,6 +144,7 @@ class ClexConfig:
     base: str = _FROM_PRESET
     width: float = _FROM_PRESET
     activation: str = _FROM_PRESET
+    per_layer: str = _FROM_PRESET
     bound: float = _FROM_PRESET
     solver: str = _FROM_PRESET
     steps: int = _FROM_PRESET
@@ -157,6 +168,7 @@ class ClexConfig:
             ("grid", GRIDS),
             ("activation", ACTIVATIONS),
             ("solver", SOLVERS),
+            ("per_layer", PER_LAYER),
         ):
             value = getattr(self, name)
             if value is not None and value not in valid:
@@ -169,6 +181,12 @@ class ClexConfig:
                 raise ConfigError(f"{name} must be a number, not {value!r}")
             if not (math.isfinite(value) and low <= value <= high):
                 raise ConfigError(f"{name} = {value} is out of range (valid: {low:g} to {high:g})")
+        if self.per_layer == "curve" and self.field == "released":
+            raise ConfigError("per_layer 'curve' needs the field 'modulated', not 'released'")
+        if self.per_layer == "temperature" and self.temperature != "learned":
+            raise ConfigError(
+                f"per_layer 'temperature' needs a learned temperature, not {self.temperature!r}"
+            )
         if self.fixed_scale is not None and self.fixed_scale > self.max_scale:
             raise ConfigError(
                 f"fixed_scale {self.fixed_scale:g} is above max_scale {self.max_scale:g}"

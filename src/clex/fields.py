@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .config import ClexConfig
+from .config import OWN_GAIN, ClexConfig
 from .errors import ConfigError, unknown
 from .rope import RopeSpec
 
@@ -29,9 +29,14 @@ class Field(nn.Module):
 
     Class attributes:
         start: the clock at t = 1, where the residual is 0.
+
+    Attributes:
+        layers: curves that the field describes; its states are those of the first layer's
+            dimensions, then the second's, and so on.
     """
 
     start: ClassVar[float]
+    layers: int = 1
 
     def __init__(self, spec: RopeSpec, config: ClexConfig) -> None:
         super().__init__()
@@ -47,7 +52,10 @@ class Field(nn.Module):
         raise NotImplementedError
 
     def forward(self, t: Tensor, z: Tensor, base_rate: Tensor) -> Tensor:
-        """dr/dclock, (B, F), for `t` (B,), `z` = log f(t)/f(1) and the base's rate, both (B, F)."""
+        """dr/dclock, (B, N), for `t` (B,), `z` = log f(t)/f(1) and the base's rate, both (B, N).
+
+        N is F for one curve, and F times the layers where each has its own.
+        """
         raise NotImplementedError
 
 
@@ -57,9 +65,10 @@ class ModulatedField(Field):
         dz_i/du = -kappa_base_i(u) exp(B tanh(g_i)),    u = log t
 
     g is one small network shared by all dimensions, fed with what makes dimensions alike: turns in
-    the native window, turns in the window of t, and u. So few parameters describe all dimensions
-    and all t, and the result is smooth over both. By construction no frequency ever rises with t,
-    what the base leaves alone stays alone, and each rate stays within exp(+-B) of the base's.
+    the native window, turns in the window of t, and u; plus a number of each dimension's own, in
+    each layer where layers have curves of their own. So few parameters describe all t, and the
+    result is smooth over t. By construction no frequency ever rises with t, what the base leaves
+    alone stays alone, and each rate stays within exp(+-B) of the base's.
     """
 
     start = 0.0
@@ -68,12 +77,14 @@ class ModulatedField(Field):
     def __init__(self, spec: RopeSpec, config: ClexConfig) -> None:
         super().__init__(spec, config)
         self.bound = config.bound
+        self.layers = spec.layers if config.per_layer == "curve" else 1
         log_turns = torch.where(spec.rotates(), spec.turns(), torch.ones(())).log().float()
         self.register_buffer("log_turns", log_turns, persistent=False)
         self.inner = nn.Linear(3, self.hidden)
         self.outer = nn.Linear(self.hidden, 1)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
+        self.own = nn.Parameter(torch.zeros(self.layers, len(log_turns)))
 
     def clock(self, t: Tensor) -> Tensor:
         return t.log()
@@ -83,11 +94,15 @@ class ModulatedField(Field):
 
     def forward(self, t: Tensor, z: Tensor, base_rate: Tensor) -> Tensor:
         u = t.log()[:, None].expand_as(z)
-        native = self.log_turns.to(z.dtype).expand_as(z)
+        native = self.log_turns.to(z.dtype).repeat(self.layers).expand_as(z)
         # Dividing by ln 32, where YaRN's ramp starts, brings all three inputs to about one.
         inputs = torch.stack([native, native + u + z, u], dim=-1) / math.log(32)
-        g = self.outer(self.activation(self.inner(inputs))).squeeze(-1)
+        g = (self.outer.weight[0] * self.activation(self.inner(inputs))).sum(-1) + self.biases()
         return -base_rate * torch.expm1(self.bound * torch.tanh(g))
+
+    def biases(self) -> Tensor:
+        """What is added to the network's last sum in each equation, (layers * F,)."""
+        return self.outer.bias + OWN_GAIN * self.own.flatten()
 
 
 class ReleasedField(Field):

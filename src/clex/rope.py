@@ -20,12 +20,15 @@ class RopeSpec:
         native_length: tokens that the model was trained to read, the unit of t.
         rope_theta: base of the geometric curve, as far as the model names one.
         attention_scaling: factor that the model itself puts on cos and sin (1 but for YaRN-like).
+        layers: the layers of the model where each is to have a temperature or frequencies of its
+            own, else 1.
     """
 
     inv_freq: Tensor
     native_length: int
     rope_theta: float
     attention_scaling: float = 1.0
+    layers: int = 1
 
     @property
     def rotary_dim(self) -> int:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .config import OWN_GAIN
 from .errors import ConfigError, unknown
 
 
@@ -25,6 +26,10 @@ class Temperature(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """a(t), float32, same shape as `t`; `t` is at least 1."""
         return torch.ones_like(t)
+
+    def layer_factors(self, t: Tensor) -> Tensor:
+        """a(t) of each layer, (B, layers) for `t` (B, 1); the mean of their logs is log a(t)."""
+        return self(t)
 
 
 class LogN(Temperature):
@@ -50,19 +55,28 @@ class Learned(Temperature):
 
     ``ln a**2 = e**p * ln(1 + e**q * ln(t) / ln(native_length))``, log-n itself at p = q = 0, where
     it starts. For any p and q it is 0 at t = 1 and never falls with t, so it extrapolates soundly.
-    Both are kept within +-2 by a tanh, far outside of what is ever useful.
+    Both are kept within +-2 by a tanh, far outside of what is ever useful. Where layers have curves
+    of their own each adds a number times ln t to its ``ln a``, so that a layer may also fall.
     """
 
-    def __init__(self, native_length: int) -> None:
+    def __init__(self, native_length: int, layers: int = 1) -> None:
         super().__init__(native_length)
         # Of one entry, since DeepSpeed cannot send a parameter without a dimension.
         self.log_gain = nn.Parameter(torch.zeros(1))
         self.log_rate = nn.Parameter(torch.zeros(1))
+        self.own = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
 
     def forward(self, t: Tensor) -> Tensor:
+        return self._factor(t, None if self.own is None else self.own.mean())
+
+    def layer_factors(self, t: Tensor) -> Tensor:
+        return self._factor(t, self.own)
+
+    def _factor(self, t: Tensor, own: Tensor | None) -> Tensor:
         p, q = 2 * torch.tanh(self.log_gain[0] / 2), 2 * torch.tanh(self.log_rate[0] / 2)
         growth = q.exp() * t.log() / math.log(self.native_length)
-        return (0.5 * p.exp() * growth.log1p()).exp()
+        log_factor = 0.5 * p.exp() * growth.log1p()
+        return (log_factor if own is None else log_factor + OWN_GAIN * own * t.log()).exp()
 
 
 TEMPERATURES: dict[str, type[Temperature]] = {
@@ -73,12 +87,18 @@ TEMPERATURES: dict[str, type[Temperature]] = {
 }
 
 
-def make_temperature(name: str, native_length: int) -> Temperature:
+def make_temperature(name: str, native_length: int, layers: int = 1) -> Temperature:
     """The rule called `name` for a model trained on `native_length` tokens.
+
+    Args:
+        name: of the rule.
+        native_length: the unit of t.
+        layers: how many have a temperature of their own, where the rule is a learned one.
 
     Raises:
         ConfigError: there is no such rule.
     """
     if name not in TEMPERATURES:
         raise ConfigError(unknown("temperature", name, TEMPERATURES))
-    return TEMPERATURES[name](native_length)
+    rule = TEMPERATURES[name]
+    return Learned(native_length, layers) if rule is Learned else rule(native_length)

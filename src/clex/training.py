@@ -79,6 +79,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "accumulation": 4,
         "dynamics_rate": 3e-3,
         "native_share": 0.0,
+        "warmup": 0.0,
         "batch_size": 1,
         "select_windows": 6,
     },
@@ -105,7 +106,7 @@ class TrainConfig:
         accumulation: forward passes of each process in a step.
         global_batch: windows in a step of all processes together. If it is given `accumulation`
             follows from it, and a run may go on with another number of processes.
-        warmup: share of the steps in which the rates rise.
+        warmup: share of the steps in which the rates rise; 0 at depth ``dynamics``.
         weight_decay: on weights; never on the extension.
         clip: largest gradient norm, of the weights and of the extension each on its own.
         native_share: share of windows at t = 1 with plain positions.
@@ -146,7 +147,7 @@ class TrainConfig:
     batch_size: int = _FROM_DEPTH
     accumulation: int = _FROM_DEPTH
     global_batch: int | None = None
-    warmup: float = 0.05
+    warmup: float = _FROM_DEPTH
     weight_decay: float = 0.01
     clip: float = 1.0
     native_share: float = _FROM_DEPTH
@@ -170,6 +171,7 @@ class TrainConfig:
         if self.global_batch is not None and self.accumulation is None:
             object.__setattr__(self, "accumulation", 1)  # follows below
         fallback = {"rate": 0.0, "batch_size": 1, "accumulation": 1, "select_windows": 0}
+        fallback["warmup"] = 0.05
         fallback |= _DEFAULTS[self.depth]
         for name, value in fallback.items():
             if getattr(self, name) is None:

@@ -13,10 +13,17 @@ from clex.rope import RopeSpec
 from clex.scaling.clex import Clex
 
 
-def make(activation: str, steps: int, base: str = "dynamic_ntk") -> Clex:
+def make(activation: str, steps: int, base: str = "dynamic_ntk", layers: int = 1) -> Clex:
     index = torch.arange(0, 20, 2, dtype=torch.float32)
-    spec = RopeSpec(1.0 / 10_000.0 ** (index / 20), 512, 10_000.0)
-    scaling = Clex(spec, ClexConfig(activation=activation, steps=steps, width=0.3, base=base))
+    spec = RopeSpec(1.0 / 10_000.0 ** (index / 20), 512, 10_000.0, layers=layers)
+    config = ClexConfig(
+        activation=activation,
+        steps=steps,
+        width=0.3,
+        base=base,
+        per_layer="none" if layers == 1 else "curve",
+    )
+    scaling = Clex(spec, config)
     for parameter in scaling.field.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return scaling
@@ -28,17 +35,20 @@ def gradients(scaling: Clex, residual: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(total, list(scaling.field.parameters())))
 
 
-@pytest.mark.parametrize(("activation", "base"), [("tanh", "dynamic_ntk"), ("silu", "yarn")])
+@pytest.mark.parametrize(
+    ("activation", "base", "layers"), [("tanh", "dynamic_ntk", 1), ("silu", "yarn", 3)]
+)
 def test_kernel_solves_and_differentiates_the_steps(
-    device: str, activation: str, base: str
+    device: str, activation: str, base: str, layers: int
 ) -> None:
-    scaling = make(activation, 3, base).to(device)
+    scaling = make(activation, 3, base, layers).to(device)
     t = torch.tensor([1.0, 1.7, 12.0], device=device)
     found = scaling._kernel(t)
     grads = gradients(scaling, found)
+    assert found.shape == (3, 10 * layers)
     assert (found[0] == 0).all()
 
-    exact: Any = make(activation, 3, base)
+    exact: Any = make(activation, 3, base, layers)
     exact.load_state_dict(scaling.cpu().state_dict())
     for module in exact.modules():
         for table in (module._parameters, module._buffers):
@@ -52,8 +62,9 @@ def test_kernel_solves_and_differentiates_the_steps(
 
 def test_an_untrained_field_leaves_the_base_alone(device: str) -> None:
     scaling = make("tanh", steps=2)
-    torch.nn.init.zeros_(scaling.field.outer.weight)  # type: ignore[arg-type]
-    torch.nn.init.zeros_(scaling.field.outer.bias)  # type: ignore[arg-type]
+    field: Any = scaling.field
+    for parameter in (field.outer.weight, field.outer.bias, field.own):
+        torch.nn.init.zeros_(parameter)
     assert (scaling.to(device)._kernel(torch.tensor([3.0], device=device)) == 0).all()
 
 

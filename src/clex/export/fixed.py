@@ -145,6 +145,11 @@ def _only_scaling(model: nn.Module) -> Any:
             f" ({', '.join(rope.scalings)}), and engines take one set of factors"
         )
     scaling: Any = rope.scalings[ALL_LAYERS]
+    if scaling.spec.layers > 1:
+        raise UnsupportedModelError(
+            f"each of the {scaling.spec.layers} layers has a curve of its own, and engines take one"
+            " set of factors; fit the dynamics without --per-layer to serve them"
+        )
     if not scaling.rotates:
         raise UnsupportedModelError(
             f"method {scaling.name!r} does not rotate; engines have no frequency factor for that"

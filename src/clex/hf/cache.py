@@ -144,7 +144,7 @@ def _layout(
             continue
         fits = [
             (error, layout)
-            for frequencies, inv_freq in _vectors(rope, t).items()
+            for frequencies, inv_freq in _vectors(rope, t, layer).items()
             for layout in _candidates(frequencies, where, before.shape[-1], 2 * len(inv_freq))
             if (error := _misfit(layout, inv_freq, before, after)) < tolerance
         ]
@@ -159,9 +159,11 @@ def _layout(
     return follows[0] if follows else None
 
 
-def _vectors(rope: ScaledRope, t: float) -> dict[str, Tensor]:
-    """Every frequency vector that a layer may be rotated by at scale `t`, (F,) float32 each."""
-    found = {key: inv_freq[0] for key, (inv_freq, _) in rope.solve(torch.tensor([t])).items()}
+def _vectors(rope: ScaledRope, t: float, layer: int) -> dict[str, Tensor]:
+    """Every frequency vector that `layer` may be rotated by at scale `t`, (F,) float32 each."""
+    solved = rope.solve(torch.tensor([t]))
+    found = {key: inv_freq[0].view(-1, inv_freq.shape[-1]) for key, (inv_freq, _) in solved.items()}
+    found = {key: rows[min(layer, len(rows) - 1)] for key, rows in found.items()}
     for name, buffer in rope.stock.named_buffers(recurse=False):
         key = name.removesuffix("_inv_freq")
         if name.endswith("_inv_freq") and not name.endswith("original_inv_freq"):
@@ -255,16 +257,19 @@ def _move(
     # Both ends in one go, without waiting for the device.
     solved = rope.solve(torch.cat([old, new]).to(device, non_blocking=True))
     # Layers that share frequencies and slots share their angles.
-    groups: dict[tuple[KeyLayout, int, int], list[Tensor]] = defaultdict(list)
-    for layer, layout in zip(cache.layers, layouts, strict=False):
+    groups: dict[tuple[KeyLayout, int, int, int], list[Tensor]] = defaultdict(list)
+    for number, (layer, layout) in enumerate(zip(cache.layers, layouts, strict=False)):
         if layout is None or not getattr(layer, "is_initialized", False):
             continue
         _require_plain(layer)
         tensor = getattr(layer, layout.where)
         seen = int(layer.get_seq_length())
-        groups[layout, seen, min(seen, tensor.shape[-2])].append(tensor)
-    for (layout, seen, kept), keys in groups.items():
+        own = number if solved[layout.frequencies][0].dim() == 3 else 0
+        groups[layout, own, seen, min(seen, tensor.shape[-2])].append(tensor)
+    for (layout, own, seen, kept), keys in groups.items():
         inv_freq, factor = solved[layout.frequencies]
+        if inv_freq.dim() == 3:
+            inv_freq, factor = inv_freq[:, own], factor[:, own]
         f_old, f_new = inv_freq.double().split([len(old), len(new)])
         a_old, a_new = factor.split([len(old), len(new)])
         ratio = a_new / a_old if layout.scaled else torch.ones_like(a_new)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -80,12 +81,19 @@ def rope_specs(model: nn.Module, stock: nn.Module, config: ClexConfig) -> dict[s
     host: Any = getattr(stock, "config", None) or model.config
     parameters: dict[str, Any] = getattr(host, "rope_parameters", None) or {}
     types = layer_types(stock)
+    own = config.per_layer not in (None, "none")
     if not types:
         if config.layer_types:
             raise ConfigError(
                 f"{type(model).__name__} has no layer types, got {', '.join(config.layer_types)}"
             )
-        return {ALL_LAYERS: _rope_spec(model, stock, host, parameters, "", config)}
+        spec = _rope_spec(model, stock, host, parameters, "", config)
+        return {ALL_LAYERS: replace(spec, layers=_layers(model, host) if own else 1)}
+    if own:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a rotary for each layer type; per_layer needs one rotary"
+            " for all layers"
+        )
     # Sliding-window layers never see a distance above their window.
     wanted = config.layer_types or tuple(n for n in types if "sliding" not in n)
     if not wanted:
@@ -100,6 +108,16 @@ def rope_specs(model: nn.Module, stock: nn.Module, config: ClexConfig) -> dict[s
         name: _rope_spec(model, stock, host, parameters.get(name) or {}, f"{name}_", config)
         for name in wanted
     }
+
+
+def _layers(model: nn.Module, host: Any) -> int:
+    layers = getattr(host, "num_hidden_layers", None)
+    if not layers:
+        raise UnsupportedModelError(
+            f"the config of {type(model).__name__} does not say how many layers it has, which"
+            " per_layer needs"
+        )
+    return int(layers)
 
 
 def _rope_spec(

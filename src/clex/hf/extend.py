@@ -17,10 +17,10 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..scaling import Scaling, get_scaling
 from .alibi import add_alibi, remove_alibi
 from .discovery import find_rotary, freq_name, rope_specs
-from .forward_pass import add_hooks, remove_hooks
+from .forward_pass import add_hooks, attention_layers, remove_hooks
 from .fused import unfuse
 from .generation import add_generation, remove_generation
-from .rotary import ALL_LAYERS, ScaledRope, holding
+from .rotary import ALL_LAYERS, ScaledRope, holding, of_layer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -53,6 +53,8 @@ def extend(model: ModelT, config: ClexConfig | None = None) -> ModelT:
     rope.to(next(model.parameters()).device)
     rope.train(model.training)
     _check_effect(model, rope, config)
+    if rope.layers > 1:
+        attention_layers(parent, name, rope.layers)  # raises where layers cannot have their own
     if not scaling_type.rotates:
         rope.plain_attention = add_alibi(model)
     setattr(parent, name, rope)
@@ -216,6 +218,8 @@ def _check_effect(model: nn.Module, rope: ScaledRope, config: ClexConfig) -> Non
     def tables(t: float) -> list[Tensor]:
         with rope.hold(t):
             table = rope(x, position_ids, *layer_type)
+            if rope.layers > 1:
+                table = of_layer(0, x, table)
         return [table] if isinstance(table, Tensor) else list(table)
 
     with torch.no_grad():

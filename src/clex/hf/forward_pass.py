@@ -1,4 +1,7 @@
-"""Hooks on the decoder that tell its rotary what only the decoder sees: padding and cache."""
+"""Hooks on the decoder that tell its rotary what only the decoder sees: padding and cache.
+
+And on its attention, where each layer has frequencies of its own and takes its part of them.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from .cache_scale import mark_cache, require_scale, scale_of_cache, serving_scale
-from .rotary import ForwardPass, ScaledRope
+from .fused import opens_pair
+from .rotary import ForwardPass, ScaledRope, of_layer
 
 _HOOKS = "clex_hooks"
+# The parameter of attention modules that takes what the decoder's rotary returned.
+_PAIR = "position_embeddings"
 
 
 class DecoderHooks:
@@ -31,11 +37,17 @@ class DecoderHooks:
 
     def __init__(self, decoder: nn.Module, name: str) -> None:
         self.name = name
+        rope: Any = decoder._modules[name]
         self.parameters = tuple(inspect.signature(decoder.forward).parameters)
         self.handles = [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
+        if rope.layers > 1:
+            self.handles += [
+                attention.register_forward_pre_hook(_take_own, with_kwargs=True)
+                for attention in attention_layers(decoder, name, rope.layers)
+            ]
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook: set the scale of the pass, or check the cache against the one that is held."""
@@ -69,6 +81,41 @@ class DecoderHooks:
         cache = _cache_in(output)
         if cache is not None and scale_of_cache(cache) is not scale:
             mark_cache(cache, scale)
+
+
+def attention_layers(decoder: nn.Module, name: str, layers: int) -> list[nn.Module]:
+    """The attention modules of a decoder whose layers can have frequencies of their own.
+
+    Args:
+        decoder: the module that holds a rotary under `name`.
+        name: the attribute.
+        layers: that the rotary has frequencies for.
+
+    Raises:
+        UnsupportedModelError: they do not say which layer they are, or are not given position
+            embeddings as such.
+    """
+    rotary: Any = decoder._modules[name]
+    inside = set(rotary.modules())
+    found = [m for m in decoder.modules() if m not in inside and opens_pair(type(m))]
+    numbers = [getattr(module, "layer_idx", None) for module in found]
+    named = all(_PAIR in inspect.signature(module.forward).parameters for module in found)
+    if not found or not named or not all(n is not None and 0 <= n < layers for n in numbers):
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} does not give its layers position embeddings that each could"
+            " replace; per_layer cannot be used with it"
+        )
+    return found
+
+
+def _take_own(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook of an attention module: of the embeddings for all layers, those of its own."""
+    names = list(inspect.signature(attention.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs} if args else dict(kwargs)
+    given[_PAIR] = of_layer(attention.layer_idx, given[names[0]], given[_PAIR])
+    return (), given
 
 
 def add_hooks(decoder: nn.Module, name: str) -> None:

@@ -66,7 +66,7 @@ def fuse(decoder: nn.Module, rope: nn.Module, tables: Tables, inv_freq: Tensor) 
     users = [
         module
         for module in decoder.modules()
-        if id(module) not in rotaries and _opens_pair(type(module))
+        if id(module) not in rotaries and opens_pair(type(module))
     ]
     # accelerate's hooks and other wrappers put a forward on the instance that no class can change.
     if any("forward" in vars(user) for user in users):
@@ -128,7 +128,8 @@ def _new(host: Any) -> Any:
     return kind.__new__(kind)
 
 
-def _opens_pair(kind: type[nn.Module]) -> bool:
+def opens_pair(kind: type[nn.Module]) -> bool:
+    """Whether a class of attention takes cos and sin out of what its decoder gives it."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and (_APPLY in code.co_names or {"cos", "sin"} <= {*code.co_varnames})
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,20 @@ class ForwardPass:
     scale: Tensor | None
 
 
+class LayerAngles(NamedTuple):
+    """What makes cos and sin of each layer, where layers have frequencies of their own.
+
+    Attributes:
+        rope: the rotary that they come from.
+        inv_freq: (B or 1, layers, F).
+        factor: on cos and sin, (B or 1, layers).
+    """
+
+    rope: ScaledRope
+    inv_freq: Tensor
+    factor: Tensor
+
+
 @dataclass(eq=False)
 class Hold:
     """A scale that is held, with its frequencies.
@@ -45,8 +59,8 @@ class Hold:
         scale: float32, (1,) for all rows or (B,) for one a row.
         positions: table (B, T) float32 of sampled positions, indexed by `position_ids`; training
             only. It lives here because the host reads jumps in `position_ids` as document borders.
-        solved: inv_freq and attention factor of each extended part; empty in training, where each
-            forward pass solves them anew.
+        solved: inv_freq and attention factor of each extended part, see `solved_at`; empty in
+            training, where each forward pass solves them anew.
         training: whether the module was in training mode when they were solved.
     """
 
@@ -132,7 +146,8 @@ class ScaledRope(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """What the host's rotary returns: cos and sin (or a complex table), in the dtype of `x`.
 
-        On a GPU fused attention gets (positions, `Angles`) instead.
+        On a GPU fused attention gets (positions, `Angles`) instead. Where layers have frequencies
+        of their own it is for all layers at once, and `of_layer` takes that of one.
         """
         key = ALL_LAYERS if layer_type is None else layer_type
         if key not in self.scalings:
@@ -152,19 +167,21 @@ class ScaledRope(nn.Module):
         if self.interleaved is not None and position_ids.dim() == 2 and _worth_it(x, position_ids):
             factor = self._with_stock(factor, layer_type)
             return position_ids, Angles(inv_freq, factor, self.interleaved, x.dtype)
+        if inv_freq.dim() == 3:
+            return position_ids, LayerAngles(self, inv_freq, factor)
         return self._call(x, position_ids, inv_freq, factor, layer_type)
 
     def _frequencies(
         self, key: str, position_ids: Tensor, held: Hold | None
     ) -> tuple[Tensor, Tensor]:
-        """inv_freq (B, F) and attention factor (B,); B is 1 where all rows share a scale."""
+        """See `solved_at`; B is 1 where all rows share a scale."""
         if held is not None and not torch.is_grad_enabled() and held.training == self.training:
             solved = held.solved.get(key)
             if solved is not None:
                 return solved
         scaling: Any = self.scalings[key]
         t = self._scale_in_force(position_ids) if held is None else held.scale
-        return scaling.inv_freq(t), scaling.attention_factor(t)
+        return solved_at(scaling, t)
 
     def _scale_in_force(self, position_ids: Tensor) -> Tensor:
         current = self.forward_pass
@@ -186,6 +203,11 @@ class ScaledRope(nn.Module):
     def native_length(self) -> int:
         """Tokens that the host was trained to read."""
         return int(self._first.spec.native_length)
+
+    @property
+    def layers(self) -> int:
+        """Layers that have frequencies of their own; 1: all share theirs."""
+        return int(self._first.spec.layers)
 
     @property
     def _first(self) -> Any:
@@ -211,12 +233,12 @@ class ScaledRope(nn.Module):
         )
 
     def solve(self, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """inv_freq (B, F) and attention factor (B,) at `scale` (B,), for each extended part."""
+        """`solved_at` for `scale` (B,), for each extended part."""
         solved = {}
         for key, module in self.scalings.items():
             scaling: Any = module
             t = scale.to(scaling.inv_freq_native.device)
-            solved[key] = scaling.inv_freq(t), scaling.attention_factor(t)
+            solved[key] = solved_at(scaling, t)
         return solved
 
     @contextmanager
@@ -356,6 +378,36 @@ class ScaledRope(nn.Module):
             a.shape == b.shape and torch.allclose(a, b)
             for a, b in zip(one_by_one, together, strict=True)
         )
+
+
+def solved_at(scaling: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What a rotary needs of a `Scaling` at scales `t` (B,).
+
+    Returns:
+        inv_freq (B, F) and attention factor (B,); (B, layers, F) and (B, layers) where layers have
+        curves of their own.
+    """
+    if scaling.spec.layers > 1:
+        return scaling.layer_inv_freq(t), scaling.layer_attention_factor(t)
+    return scaling.inv_freq(t), scaling.attention_factor(t)
+
+
+def of_layer(layer: int, x: Tensor, pair: Any) -> Any:
+    """The position embeddings of one layer, from those that the decoder gives to all.
+
+    Args:
+        layer: its index.
+        x: hidden states, for their dtype and device.
+        pair: what `ScaledRope.forward` returned; what has no part for each layer stays as it is.
+    """
+    position_ids, angles = pair
+    if isinstance(angles, LayerAngles):
+        inv_freq, factor = angles.inv_freq[:, layer], angles.factor[:, layer]
+        return angles.rope._call(x, position_ids, inv_freq, factor, None)
+    if isinstance(angles, Angles) and angles.inv_freq.dim() == 3:
+        inv_freq, factor = angles.inv_freq[:, layer], angles.factor[:, layer]
+        return position_ids, angles._replace(inv_freq=inv_freq, factor=factor)
+    return pair
 
 
 def _worth_it(x: Tensor, position_ids: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """The modulated field, solved by RK4 in one kernel; its gradient in another.
 
-Every pair of a scale and a frequency has an equation of its own, so all are solved at the same
-time, with the state in registers. The base curve enters as tables of its value and rate at the
-clocks that RK4 visits. The gradient is that of the discrete steps, as back-propagation
-through them gives it: the adjoint goes back step by step from the states that forward kept.
+Every pair of a scale and a frequency has an equation of its own, and where layers have curves of
+their own every layer too, so all are solved at the same time, with the state in registers. The base
+curve enters as tables of its value and rate at the clocks that RK4 visits. The gradient is that of
+the discrete steps, as back-propagation through them gives it: the adjoint goes back step by step
+from the states that forward kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Frequencies for each program. A warp shares the hidden units of a few frequencies.
+# Equations for each program. A warp shares the hidden units of a few.
 _FREQUENCIES = 2
 _WARPS = 1
 
@@ -42,9 +43,9 @@ def _slope_of(a, y, SILU: tl.constexpr):
 
 
 @triton.jit
-def _base(curve, rate, row, point, f, mask, size, STEPS: tl.constexpr):
-    """z and rate of the base curve at one of the 2 * STEPS + 1 clocks, (frequencies,) each."""
-    where = (row * (2 * STEPS + 1) + point) * size + f
+def _base(curve, rate, row, point, f, mask, width, STEPS: tl.constexpr):
+    """z and rate of the base curve at one of the 2 * STEPS + 1 clocks, (equations,) each."""
+    where = (row * (2 * STEPS + 1) + point) * width + f % width
     return tl.load(curve + where, mask=mask, other=0.0), tl.load(rate + where, mask=mask, other=0.0)
 
 
@@ -62,7 +63,7 @@ def _rate(u, z, base_rate, still, on_u, on_z, w2, b2, BOUND: tl.constexpr, SILU:
 
 
 @triton.jit
-def _network(w1, b1, w2, b2, log_turns, hidden, unit, HIDDEN: tl.constexpr):
+def _network(w1, b1, w2, log_turns, hidden, unit, HIDDEN: tl.constexpr):
     """What of the network does not change along the way; `unit` scales the inputs to about one."""
     j = tl.arange(0, HIDDEN)
     mask = j < hidden
@@ -71,29 +72,30 @@ def _network(w1, b1, w2, b2, log_turns, hidden, unit, HIDDEN: tl.constexpr):
     on_u = tl.load(w1 + 3 * j + 2, mask=mask, other=0.0) * unit + on_z
     still = tl.load(b1 + j, mask=mask, other=0.0)[None, :]
     still += log_turns[:, None] * (on_native + on_z)[None, :]
-    return still, on_u, on_z, tl.load(w2 + j, mask=mask, other=0.0), tl.load(b2)
+    return still, on_u, on_z, tl.load(w2 + j, mask=mask, other=0.0)
 
 
 @triton.jit
 def _solve(
-    t, curve, rate, log_turns, w1, b1, w2, b2, residual, states, size, hidden, unit,
+    t, curve, rate, log_turns, w1, b1, w2, b2, residual, states, size, width, hidden, unit,
     STEPS: tl.constexpr, BOUND: tl.constexpr, SILU: tl.constexpr,
     FREQUENCIES: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     f = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
     mask = f < size
-    turns = tl.load(log_turns + f, mask=mask, other=0.0)
-    still, on_u, on_z, w2, b2 = _network(w1, b1, w2, b2, turns, hidden, unit, HIDDEN)
+    turns = tl.load(log_turns + f % width, mask=mask, other=0.0)
+    still, on_u, on_z, w2 = _network(w1, b1, w2, turns, hidden, unit, HIDDEN)
+    b2 = tl.load(b2 + f, mask=mask, other=0.0)
     h = tl.log(tl.load(t + row)) / STEPS
     r = tl.zeros((FREQUENCIES,), dtype=tl.float32)
     for k in range(STEPS):
         tl.store(states + (row * STEPS + k) * size + f, r, mask=mask)
         u = k * h
         m = u + h / 2
-        z1, rate1 = _base(curve, rate, row, 2 * k, f, mask, size, STEPS)
-        z2, rate2 = _base(curve, rate, row, 2 * k + 1, f, mask, size, STEPS)
-        z4, rate4 = _base(curve, rate, row, 2 * k + 2, f, mask, size, STEPS)
+        z1, rate1 = _base(curve, rate, row, 2 * k, f, mask, width, STEPS)
+        z2, rate2 = _base(curve, rate, row, 2 * k + 1, f, mask, width, STEPS)
+        z4, rate4 = _base(curve, rate, row, 2 * k + 2, f, mask, width, STEPS)
         k1 = _rate(u, z1 + r, rate1, still, on_u, on_z, w2, b2, BOUND, SILU)
         k2 = _rate(m, z2 + r + h / 2 * k1, rate2, still, on_u, on_z, w2, b2, BOUND, SILU)
         k3 = _rate(m, z2 + r + h / 2 * k2, rate2, still, on_u, on_z, w2, b2, BOUND, SILU)
@@ -123,15 +125,17 @@ def _pull(
 
 @triton.jit
 def _adjoint(
-    t, curve, rate, log_turns, w1, b1, w2, b2, states, grad, parts, size, hidden, unit,
+    t, curve, rate, log_turns, w1, b1, w2, b2, states, grad, parts, d_bias,
+    size, width, hidden, unit,
     STEPS: tl.constexpr, BOUND: tl.constexpr, SILU: tl.constexpr,
     FREQUENCIES: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     f = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
     mask = f < size
-    turns = tl.load(log_turns + f, mask=mask, other=0.0)
-    still, on_u, on_z, w2, b2 = _network(w1, b1, w2, b2, turns, hidden, unit, HIDDEN)
+    turns = tl.load(log_turns + f % width, mask=mask, other=0.0)
+    still, on_u, on_z, w2 = _network(w1, b1, w2, turns, hidden, unit, HIDDEN)
+    b2 = tl.load(b2 + f, mask=mask, other=0.0)
     h = tl.log(tl.load(t + row)) / STEPS
     left = tl.load(grad + row * size + f, mask=mask, other=0.0)
     d_a = tl.zeros((FREQUENCIES, HIDDEN), dtype=tl.float32)
@@ -142,9 +146,9 @@ def _adjoint(
         r = tl.load(states + (row * STEPS + k) * size + f, mask=mask, other=0.0)
         u = k * h
         m = u + h / 2
-        z1, rate1 = _base(curve, rate, row, 2 * k, f, mask, size, STEPS)
-        z2, rate2 = _base(curve, rate, row, 2 * k + 1, f, mask, size, STEPS)
-        z4, rate4 = _base(curve, rate, row, 2 * k + 2, f, mask, size, STEPS)
+        z1, rate1 = _base(curve, rate, row, 2 * k, f, mask, width, STEPS)
+        z2, rate2 = _base(curve, rate, row, 2 * k + 1, f, mask, width, STEPS)
+        z4, rate4 = _base(curve, rate, row, 2 * k + 2, f, mask, width, STEPS)
         z1 += r
         z3 = z2 + r
         z2 = z3 + h / 2 * _rate(u, z1, rate1, still, on_u, on_z, w2, b2, BOUND, SILU)
@@ -169,14 +173,14 @@ def _adjoint(
         left += d1 + d2 + d3 + d4
     j = tl.arange(0, HIDDEN)
     live = j < hidden
-    into = parts + (row * tl.num_programs(1) + tl.program_id(1)) * (5 * hidden + 1)
+    into = parts + (row * tl.num_programs(1) + tl.program_id(1)) * 5 * hidden
     on_native = tl.sum(d_a * turns[:, None], axis=0)
     tl.store(into + 3 * j, unit * on_native, mask=live)
     tl.store(into + 3 * j + 1, unit * (on_native + tl.sum(d_az, axis=0)), mask=live)
     tl.store(into + 3 * j + 2, unit * tl.sum(d_au, axis=0), mask=live)
     tl.store(into + 3 * hidden + j, tl.sum(d_a, axis=0), mask=live)
     tl.store(into + 4 * hidden + j, tl.sum(d_w2, axis=0), mask=live)
-    tl.store(into + 5 * hidden, tl.sum(d_b2, axis=0))
+    tl.store(d_bias + row * size + f, d_b2, mask=mask)
 
 
 @torch.library.custom_op("clex::residual", mutates_args=())
@@ -197,7 +201,8 @@ def residual(
 
     Args:
         t: (B,) float32, at least 1; no gradient goes to it.
-        w1, b1, w2, b2: (H, 3), (H,), (1, H), (1,); the network of the field, float32.
+        w1, b1, w2: (H, 3), (H,), (1, H); the network of the field, float32.
+        b2: (N,), its output's bias in each equation; N is a multiple of F, F equations a layer.
         curve: (B, 2 steps + 1, F) float32, log of the base's ratio at equal distances from log 1
             to log t.
         rate: the base's rate there, likewise.
@@ -207,10 +212,10 @@ def residual(
         steps: of RK4 from log 1 to log t.
 
     Returns:
-        The residual of the log frequencies, (B, F) float32; and the state before each step,
-        (B, steps, F), which only the gradient needs.
+        The residual of the log frequencies, (B, N) float32; and the state before each step,
+        (B, steps, N), which only the gradient needs.
     """
-    rows, size = len(t), len(log_turns)
+    rows, size = len(t), len(b2)
     out = t.new_empty(rows, size)
     states = t.new_empty(rows, steps, size)
     network = (w1, b1, w2, b2)
@@ -233,7 +238,7 @@ def _(
     silu: bool,
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    rows, size = len(t), len(log_turns)
+    rows, size = len(t), len(b2)
     return t.new_empty(rows, size), t.new_empty(rows, steps, size)
 
 
@@ -253,13 +258,14 @@ def residual_backward(
     silu: bool,
     steps: int,
 ) -> Tensor:
-    """Gradients of w1, b1, w2 and b2, flat and in this order, (5 H + 1,)."""
-    programs = len(t) * triton.cdiv(len(log_turns), _FREQUENCIES)
-    parts = t.new_empty(programs, 5 * len(b1) + 1)
-    work = (states, grad.contiguous(), parts)
+    """Gradients of w1, b1, w2 and b2, flat and in this order, (5 H + N,)."""
+    programs = len(t) * triton.cdiv(len(b2), _FREQUENCIES)
+    parts = t.new_empty(programs, 5 * len(b1))
+    bias = t.new_empty(len(t), len(b2))
+    work = (states, grad.contiguous(), parts, bias)
     base = (curve, rate, log_turns)
     _launch(_adjoint, t, base, (w1, b1, w2, b2), work, bound, silu, steps)
-    return parts.sum(0)
+    return torch.cat([parts.sum(0), bias.sum(0)])
 
 
 @residual_backward.register_fake
@@ -278,7 +284,7 @@ def _(
     silu: bool,
     steps: int,
 ) -> Tensor:
-    return t.new_empty(5 * len(b1) + 1)
+    return t.new_empty(5 * len(b1) + len(b2))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -310,10 +316,10 @@ def _launch(
     silu: bool,
     steps: int,
 ) -> None:
-    hidden, size = len(network[1]), len(base[2])
+    hidden, size, width = len(network[1]), len(network[3]), len(base[2])
     with torch.cuda.device_of(t):
         kernel[(len(t), triton.cdiv(size, _FREQUENCIES))](
-            t, *base, *network, *work, size, hidden, 1 / math.log(32),
+            t, *base, *network, *work, size, width, hidden, 1 / math.log(32),
             STEPS=steps, BOUND=bound, SILU=silu,
             FREQUENCIES=_FREQUENCIES, HIDDEN=triton.next_power_of_2(hidden), num_warps=_WARPS,
         )  # fmt: skip

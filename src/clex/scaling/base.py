@@ -55,13 +55,20 @@ class Scaling(nn.Module):
         # Not persistent: it belongs to the model, and the extension must not save it a second time.
         self.register_buffer("inv_freq_native", spec.inv_freq.float(), persistent=False)
         self.temperature = make_temperature(
-            config.temperature or self.default_temperature, spec.native_length
+            config.temperature or self.default_temperature, spec.native_length, spec.layers
         )
         self.posts = nn.ModuleList(make_posts(config.post, spec))
 
     def ratio(self, t: Tensor) -> Tensor:
         """f(t) / f(1) for scales `t` of shape (B,), all >= 1; float32, shape (B, F)."""
         raise NotImplementedError
+
+    def layer_ratio(self, t: Tensor) -> Tensor:
+        """f(t) / f(1) of each layer, (B, layers, F), or (B, 1, F) where they share one curve.
+
+        The geometric mean over layers is `ratio`.
+        """
+        return self.ratio(t)[:, None]
 
     def rate(self, t: Tensor) -> Tensor:
         """Compression rate -d ln f / d ln t for `t` of shape (B,); shape (B, F).
@@ -73,26 +80,42 @@ class Scaling(nn.Module):
     def inv_freq(self, t: Tensor) -> Tensor:
         """Frequencies at scales `t` of shape (B,); float32, shape (B, F), differentiable.
 
-        The method's curve and, for t > 1, the post-operations on it.
+        The method's curve and, for t > 1, the post-operations on it. Where layers have curves of
+        their own it is the mean one, which no layer uses.
         """
+        return self._finished(t, self.ratio)
+
+    def layer_inv_freq(self, t: Tensor) -> Tensor:
+        """Like `inv_freq` for each layer, (B, layers, F)."""
+        return self._finished(t, self.layer_ratio).expand(-1, self.spec.layers, -1)
+
+    def _finished(self, t: Tensor, ratio: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.autocast(t.device.type, enabled=False):
             t = t.float()
-            scaled = self.inv_freq_native * self.ratio(t)
+            scaled = self.inv_freq_native * ratio(t)
             # exp(log f) is off by up to 4e-7, which is 0.004 rad at position 131,072. `where` keeps
             # the graph, so that gradients at t = 1 are zeros and not missing.
             at_one = self.inv_freq_native if self.exact_at_one else scaled
             for post in self.posts:
                 scaled = post(scaled)
-            return torch.where(t[:, None] > 1, scaled, at_one)
+            beyond = (t > 1).view(-1, *[1] * (scaled.dim() - 1))
+            return torch.where(beyond, scaled, at_one)
 
     def attention_factor(self, t: Tensor) -> Tensor:
-        """Factor on cos and sin at scales `t`, float32, same shape as `t`."""
+        """Factor on cos and sin at scales `t` (B,), float32, (B,); see `inv_freq`."""
+        return self._at_temperature(t, self.temperature)
+
+    def layer_attention_factor(self, t: Tensor) -> Tensor:
+        """Like `attention_factor` for each layer, (B, layers)."""
+        factors = self._at_temperature(t[:, None], self.temperature.layer_factors)
+        return factors.expand(-1, self.spec.layers)
+
+    def _at_temperature(self, t: Tensor, factors: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.autocast(t.device.type, enabled=False):
             t = t.float()
             if self.training and not self.config.temperature_in_training:
                 return torch.ones_like(t)
-            factor = self.temperature(t)
-            return torch.where(t > 1, factor, torch.ones_like(t))
+            return torch.where(t > 1, factors(t), torch.ones_like(t))
 
     def scale_for(self, length: Tensor) -> Tensor:
         """The scale t for texts of `length` tokens: length / native_length, rounded up on the grid.

@@ -25,7 +25,7 @@ class Clex(Scaling):
 
     The base curve is exact and only the residual is integrated (r = 0 at t = 1), so an untrained
     field gives the base method bit for bit. Presets ``default`` and ``paper`` differ in the field
-    and its settings only.
+    and its settings only. With `per_layer` ``"curve"`` each layer has a residual of its own.
     """
 
     source = "Chen et al. 2023, arXiv 2310.16450, equations 7 to 14"
@@ -50,8 +50,15 @@ class Clex(Scaling):
         )
 
     def ratio(self, t: Tensor) -> Tensor:
+        return self.base.ratio(t) * self._residual(t).mean(1).exp()
+
+    def layer_ratio(self, t: Tensor) -> Tensor:
+        return self.base.ratio(t)[:, None] * self._residual(t).exp()
+
+    def _residual(self, t: Tensor) -> Tensor:
+        """The solution of the ODE, (B, layers, F)."""
         solved = self._kernel if self.has_kernel and active(t) else self._solve
-        return self.base.ratio(t) * solved(t).exp()
+        return solved(t).view(len(t), self.field.layers, -1)
 
     def _kernel(self, t: Tensor) -> Tensor:
         """The residual from one kernel, which has no gradient of t; nothing here learns t."""
@@ -65,7 +72,7 @@ class Clex(Scaling):
         s = (t.log()[:, None] * points).exp().flatten()
         curve, rate = self.base.ratio(s).log(), self.base.rate(s)
         base = (x.view(len(t), 2 * steps + 1, -1).contiguous() for x in (curve, rate))
-        network = (field.inner.weight, field.inner.bias, field.outer.weight, field.outer.bias)
+        network = (field.inner.weight, field.inner.bias, field.outer.weight, field.biases())
         silu = self.config.activation == "silu"
         solved: Tensor = residual(t, *network, *base, field.log_turns, field.bound, silu, steps)[0]
         return solved
@@ -73,14 +80,14 @@ class Clex(Scaling):
     def _solve(self, t: Tensor) -> Tensor:
         def rate(clock: Tensor, residual: Tensor) -> Tensor:
             s = self.field.scale(clock)
-            z = self.base.ratio(s).log() + residual
-            return self.field(s, z, self.base.rate(s))
+            z = self.base.ratio(s).log().repeat(1, self.field.layers) + residual
+            return self.field(s, z, self.base.rate(s).repeat(1, self.field.layers))
 
         return solve(
             rate,
             start=self.field.start,
             end=self.field.clock(t),
-            size=self.inv_freq_native.numel(),
+            size=self.field.layers * self.inv_freq_native.numel(),
             method=self.config.solver,
             steps=self.config.steps,
         )
