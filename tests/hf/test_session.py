@@ -156,10 +156,12 @@ def test_end_token_as_the_last_before_a_border() -> None:
 
 
 def test_sampling_options_reach_transformers() -> None:
+    model = make()
+
     def sample(seed: int, **options: Any) -> list[int]:
-        torch.manual_seed(seed)
-        session = Session(make())
+        session = Session(model)
         session.append(text(60))
+        torch.manual_seed(seed)
         return session.generate(20, do_sample=True, **options).ids
 
     assert sample(0) == sample(0) != sample(1)
