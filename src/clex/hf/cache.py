@@ -94,7 +94,8 @@ def _with_factor(
     for layer, layout in enumerate(layouts):
         if layout is None or layout.frequencies in scaled:
             continue
-        a = [rope.solve(torch.tensor([x]))[layout.frequencies][1].item() for x in (1.0, t)]
+        ends = rope.solve(torch.tensor([1.0, t]))[layout.frequencies]
+        a = _of_layer(ends, layer)[1].tolist()
         norms = [layout.rotated(keys[layer][layout.where]).norm().item() for keys in (short, still)]
         grown = norms[1] / norms[0]
         scaled[layout.frequencies] = abs(grown - a[1] / a[0]) <= abs(grown - 1)
@@ -162,13 +163,18 @@ def _layout(
 def _vectors(rope: ScaledRope, t: float, layer: int) -> dict[str, Tensor]:
     """Every frequency vector that `layer` may be rotated by at scale `t`, (F,) float32 each."""
     solved = rope.solve(torch.tensor([t]))
-    found = {key: inv_freq[0].view(-1, inv_freq.shape[-1]) for key, (inv_freq, _) in solved.items()}
-    found = {key: rows[min(layer, len(rows) - 1)] for key, rows in found.items()}
+    found = {key: _of_layer(pair, layer)[0][0] for key, pair in solved.items()}
     for name, buffer in rope.stock.named_buffers(recurse=False):
         key = name.removesuffix("_inv_freq")
         if name.endswith("_inv_freq") and not name.endswith("original_inv_freq"):
             found.setdefault(key, buffer)
     return found
+
+
+def _of_layer(solved: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
+    """inv_freq (B, F) and factor (B,) of one layer, from what all share or from its own."""
+    inv_freq, factor = solved
+    return (inv_freq[:, layer], factor[:, layer]) if inv_freq.dim() == 3 else solved
 
 
 def _candidates(frequencies: str, where: Any, size: int, rotary_dim: int) -> list[KeyLayout]:
@@ -256,7 +262,7 @@ def _move(
     device = next(rope.scalings.buffers()).device
     # Both ends in one go, without waiting for the device.
     solved = rope.solve(torch.cat([old, new]).to(device, non_blocking=True))
-    # Layers that share frequencies and slots share their angles.
+    # Layers that share frequencies and slots share their angles; `own` tells the others apart.
     groups: dict[tuple[KeyLayout, int, int, int], list[Tensor]] = defaultdict(list)
     for number, (layer, layout) in enumerate(zip(cache.layers, layouts, strict=False)):
         if layout is None or not getattr(layer, "is_initialized", False):
@@ -264,12 +270,10 @@ def _move(
         _require_plain(layer)
         tensor = getattr(layer, layout.where)
         seen = int(layer.get_seq_length())
-        own = number if solved[layout.frequencies][0].dim() == 3 else 0
+        own = number if rope.layers > 1 else 0
         groups[layout, own, seen, min(seen, tensor.shape[-2])].append(tensor)
     for (layout, own, seen, kept), keys in groups.items():
-        inv_freq, factor = solved[layout.frequencies]
-        if inv_freq.dim() == 3:
-            inv_freq, factor = inv_freq[:, own], factor[:, own]
+        inv_freq, factor = _of_layer(solved[layout.frequencies], own)
         f_old, f_new = inv_freq.double().split([len(old), len(new)])
         a_old, a_new = factor.split([len(old), len(new)])
         ratio = a_new / a_old if layout.scaled else torch.ones_like(a_new)

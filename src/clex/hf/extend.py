@@ -219,7 +219,7 @@ def _check_effect(model: nn.Module, rope: ScaledRope, config: ClexConfig) -> Non
         with rope.hold(t):
             table = rope(x, position_ids, *layer_type)
             if rope.layers > 1:
-                table = of_layer(0, x, table)
+                table = of_layer(torch.zeros(1, dtype=torch.int64, device=device), x, table)
         return [table] if isinstance(table, Tensor) else list(table)
 
     with torch.no_grad():

@@ -21,6 +21,10 @@ from .rotary import ForwardPass, ScaledRope, of_layer
 _HOOKS = "clex_hooks"
 # The parameter of attention modules that takes what the decoder's rotary returned.
 _PAIR = "position_embeddings"
+_HIDDEN = "hidden_states"
+# Buffer of an attention module with its number. A tensor, since the compiler would make a graph for
+# each value of a plain number.
+_LAYER = "clex_layer"
 
 
 class DecoderHooks:
@@ -43,11 +47,10 @@ class DecoderHooks:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
-        if rope.layers > 1:
-            self.handles += [
-                attention.register_forward_pre_hook(_take_own, with_kwargs=True)
-                for attention in attention_layers(decoder, name, rope.layers)
-            ]
+        for attention in attention_layers(decoder, name, rope.layers) if rope.layers > 1 else []:
+            number = torch.tensor([attention.layer_idx], device=_device(attention))
+            attention.register_buffer(_LAYER, number, persistent=False)
+            self.handles.append(attention.register_forward_pre_hook(_take_own, with_kwargs=True))
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook: set the scale of the pass, or check the cache against the one that is held."""
@@ -83,7 +86,7 @@ class DecoderHooks:
             mark_cache(cache, scale)
 
 
-def attention_layers(decoder: nn.Module, name: str, layers: int) -> list[nn.Module]:
+def attention_layers(decoder: nn.Module, name: str, layers: int) -> list[Any]:
     """The attention modules of a decoder whose layers can have frequencies of their own.
 
     Args:
@@ -99,7 +102,8 @@ def attention_layers(decoder: nn.Module, name: str, layers: int) -> list[nn.Modu
     inside = set(rotary.modules())
     found = [m for m in decoder.modules() if m not in inside and opens_pair(type(m))]
     numbers = [getattr(module, "layer_idx", None) for module in found]
-    named = all(_PAIR in inspect.signature(module.forward).parameters for module in found)
+    wanted = {_PAIR, _HIDDEN}
+    named = all(wanted <= {*inspect.signature(module.forward).parameters} for module in found)
     if not found or not named or not all(n is not None and 0 <= n < layers for n in numbers):
         raise UnsupportedModelError(
             f"{type(decoder).__name__} does not give its layers position embeddings that each could"
@@ -112,10 +116,15 @@ def _take_own(
     attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of an attention module: of the embeddings for all layers, those of its own."""
-    names = list(inspect.signature(attention.forward).parameters)
-    given = {**dict(zip(names, args, strict=False)), **kwargs} if args else dict(kwargs)
-    given[_PAIR] = of_layer(attention.layer_idx, given[names[0]], given[_PAIR])
-    return (), given
+    if _PAIR not in kwargs:
+        names = list(inspect.signature(attention.forward).parameters)
+        args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+    x = args[0] if args else kwargs[_HIDDEN]
+    return args, {**kwargs, _PAIR: of_layer(getattr(attention, _LAYER), x, kwargs[_PAIR])}
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def add_hooks(decoder: nn.Module, name: str) -> None:
@@ -128,6 +137,8 @@ def remove_hooks(decoder: nn.Module) -> None:
     hooks = decoder.__dict__.pop(_HOOKS, None)
     for handle in [] if hooks is None else hooks.handles:
         handle.remove()
+    for module in [] if hooks is None else decoder.modules():
+        module._buffers.pop(_LAYER, None)
 
 
 def _ropes(decoder: nn.Module, name: str) -> list[ScaledRope]:

@@ -34,8 +34,8 @@ class Angles(NamedTuple):
     """Stands where sin stood in the pair; positions (B or 1, T) stand where cos stood.
 
     Attributes:
-        inv_freq: (B or 1, F) float32.
-        factor: (B or 1,) float32, on cos and sin.
+        inv_freq: (B or 1, F) float32; (B or 1, layers, F) before each layer took its own.
+        factor: (B or 1,) float32, on cos and sin; (B or 1, layers) likewise.
         interleaved: whether pairs are neighbours.
         dtype: that cos and sin would have.
     """

@@ -392,22 +392,24 @@ def solved_at(scaling: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     return scaling.inv_freq(t), scaling.attention_factor(t)
 
 
-def of_layer(layer: int, x: Tensor, pair: Any) -> Any:
+def of_layer(layer: Tensor, x: Tensor, pair: Any) -> Any:
     """The position embeddings of one layer, from those that the decoder gives to all.
 
     Args:
-        layer: its index.
+        layer: its number, int64 (1,), where the frequencies are.
         x: hidden states, for their dtype and device.
         pair: what `ScaledRope.forward` returned; what has no part for each layer stays as it is.
     """
     position_ids, angles = pair
+    if not isinstance(angles, LayerAngles) and not (
+        isinstance(angles, Angles) and angles.inv_freq.dim() == 3
+    ):
+        return pair
+    inv_freq = angles.inv_freq.index_select(1, layer)[:, 0]
+    factor = angles.factor.index_select(1, layer)[:, 0]
     if isinstance(angles, LayerAngles):
-        inv_freq, factor = angles.inv_freq[:, layer], angles.factor[:, layer]
         return angles.rope._call(x, position_ids, inv_freq, factor, None)
-    if isinstance(angles, Angles) and angles.inv_freq.dim() == 3:
-        inv_freq, factor = angles.inv_freq[:, layer], angles.factor[:, layer]
-        return position_ids, angles._replace(inv_freq=inv_freq, factor=factor)
-    return pair
+    return position_ids, Angles(inv_freq, factor, angles.interleaved, angles.dtype)
 
 
 def _worth_it(x: Tensor, position_ids: Tensor) -> bool:
