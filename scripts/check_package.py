@@ -30,6 +30,8 @@ IN_WHEEL = (
     "clex/assets/books/test.jsonl.gz",
     "clex/assets/smollm2-dynamics/clex.safetensors",
     "clex/assets/smollm2-dynamics/clex_config.json",
+    "clex/assets/smollm2-layers/clex.safetensors",
+    "clex/assets/smollm2-layers/clex_config.json",
     "clex/assets/report/page.html",
     "licenses/LICENSE",
     "licenses/NOTICE",

@@ -3,8 +3,8 @@
     python scripts/pack_dynamics.py COMPARISON --method clex --text "what it was fitted on" \\
         --out src/clex/assets/smollm2-dynamics
 
-COMPARISON is a folder of `clex compare recipes/frozen.toml`; its numbers make the card. The name of
-the folder has to stand in `clex.hf.checkpoint.READY_MADE`, and that of its model in a form that any
+COMPARISON is a folder of `clex compare recipes/frozen.toml`; its numbers make the card. Dynamics are
+packed for the scales that they were fitted on, no further. The name of the folder has to stand in `clex.hf.checkpoint.READY_MADE`, and that of its model in a form that any
 user has: a hub id, or a name of `clex.hf.models.BUNDLED`.
 """
 
@@ -19,8 +19,9 @@ from typing import Any
 from clex.errors import ConfigError
 from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE, base_name, load_config, read_about
 from clex.hf.models import BUNDLED
+from clex.run_folder import RUN_FILE
 
-SHOWN = ("base", "yarn")
+SHOWN = ("base", "yarn", "ntk")
 
 
 def main() -> None:
@@ -49,9 +50,14 @@ def pack(comparison: Path, method: str, seed: int, text: str, out: Path) -> None
         raise ConfigError(f"{source} was made from {model!r}, which others do not have")
     results = json.loads((comparison / "results.json").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(source / name, out / name)
-    (out / "README.md").write_text(_card(out, results, method, model, text), encoding="utf-8")
+    shutil.copyfile(source / WEIGHTS_FILE, out / WEIGHTS_FILE)
+    config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+    about = next(m for m in results["methods"] if m["name"] == method)
+    config["clex"]["max_scale"] = about["training"]["max_scale"] or config["clex"]["max_scale"]
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    versions = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))["versions"]
+    card = _card(out, results, method, model, f"{text}; fitted on {versions['device']}")
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def _card(folder: Path, results: dict[str, Any], method: str, model: str, text: str) -> str:
@@ -62,7 +68,10 @@ def _card(folder: Path, results: dict[str, Any], method: str, model: str, text: 
         for c in results["perplexity"]
         if c["method"] in (*SHOWN, method)
     }
-    lengths = sorted({length for _, length, _ in cells})
+    assert config.native_length is not None
+    longest = round(config.native_length * config.max_scale)
+    windows = about["training"]["steps"] * about["training"]["global_batch"]
+    lengths = sorted({length for _, length, _ in cells if length <= longest})
     names = [name for name in (*SHOWN, method) if any(key[0] == name for key in cells)]
     labels = {m["name"]: m["label"] for m in results["methods"]}
     table = [
@@ -74,8 +83,6 @@ def _card(folder: Path, results: dict[str, Any], method: str, model: str, text: 
             f"{cells[name, n, 'window']:,.2f} / {cells[name, n, 'target']:,.2f}" for n in lengths
         ]
         table.append(f"| {labels[name]} | " + " | ".join(row) + " |")
-    assert config.native_length is not None
-    longest = round(config.native_length * config.max_scale)
     return f"""---
 license: apache-2.0
 base_model: {model}
@@ -90,15 +97,17 @@ of the model is changed, and inside its own window its logits are bit-equal to i
     model = clex.load("{folder.name}")
 
 - Method: `{config.method}` on `{config.base}`, temperature `{config.temperature}`, up to t =
-  {config.max_scale:g}
-- Fitted on {about["tokens"]:,} tokens in {about["training"]["steps"]} windows of their true
-  lengths, {about["train_seconds"]:.0f} s on {results["versions"]["device"]}
+  {config.max_scale:g}; each layer has of its own: {config.per_layer}
+- Fitted on {about["tokens"]:,} tokens in {windows} windows of their true lengths, in
+  {about["train_seconds"]:.0f} s
 - Text: {text}
 
 Perplexity of the first L tokens / of the same last {results["text"]["target"]:,} tokens with L
 tokens of context; {results["text"]["documents"]} unseen documents:
 
 {chr(10).join(table)}
+
+Of {len(about["runs"])} seeds, the table is their mean; this folder is one of them.
 
 `scripts/pack_dynamics.py` made this folder.
 """

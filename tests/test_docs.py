@@ -78,9 +78,10 @@ def as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
     plain = tiny.write_model(tmp_path / "your" / "model")
     extended = clex.extend(load_base(plain), clex.ClexConfig(max_scale=8, steps=4))
     clex.save(extended, tmp_path / "longer", weights="none", base_model=str(plain))
-    # A stand-in for SmolLM2 with its rotary, which is all that ready-made dynamics look at.
+    # A stand-in for SmolLM2 with its rotary and layers, all that ready-made dynamics look at.
     rotary = {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
-    smollm2 = tiny.write_model(tmp_path / "smollm2", max_position_embeddings=8192, **rotary)
+    sizes = {"max_position_embeddings": 8192, "num_hidden_layers": 30}
+    smollm2 = tiny.write_model(tmp_path / "smollm2", **sizes, **rotary)
     monkeypatch.setitem(BUNDLED, "smollm2", lambda name: smollm2)
     tiny.write_model(tmp_path / "longer-hf")
     (tmp_path / "books").mkdir()

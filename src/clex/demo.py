@@ -65,7 +65,7 @@ def run_demo(
     if model == MODEL:
         _extend_tiny(out, overwrite, console)
     else:
-        read_ready_made(f"{model}-dynamics", out, READY_LENGTH, overwrite, console)
+        read_ready_made(f"{model}-layers", out, READY_LENGTH, overwrite, console)
 
 
 def read_ready_made(

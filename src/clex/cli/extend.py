@@ -54,6 +54,13 @@ def extend(
     base: Annotated[
         str, typer.Option(help="Closed form to start from; auto tries which one is best.")
     ] = "auto",
+    per_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="What each layer learns of its own: none, temperature, or curve (the best, but not"
+            " for engines that take one set of factors). none if not given."
+        ),
+    ] = None,
     native_length: Annotated[
         int | None, typer.Option(help="Window of the model, if its config does not say it.")
     ] = None,
@@ -149,6 +156,7 @@ def extend(
     auto = base == "auto" or method != "clex"
     given = {
         "base": None if auto else base,
+        "per_layer": per_layer,
         "positions": positions,
         "temperature": temperature,
         "post": post or None,

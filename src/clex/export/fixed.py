@@ -147,8 +147,8 @@ def _only_scaling(model: nn.Module) -> Any:
     scaling: Any = rope.scalings[ALL_LAYERS]
     if scaling.spec.layers > 1:
         raise UnsupportedModelError(
-            f"each of the {scaling.spec.layers} layers has a curve of its own, and engines take one"
-            " set of factors; fit the dynamics without --per-layer to serve them"
+            f"each of the {scaling.spec.layers} layers has numbers of its own, and engines take one"
+            " set of factors; fit the dynamics with --per-layer none to export them"
         )
     if not scaling.rotates:
         raise UnsupportedModelError(

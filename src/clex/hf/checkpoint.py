@@ -28,7 +28,7 @@ from .rotary import ScaledRope
 CONFIG_FILE = "clex_config.json"
 WEIGHTS_FILE = "clex.safetensors"
 # Results that come with the package: dynamics alone, for the plain model that they name.
-READY_MADE = ("smollm2-dynamics",)
+READY_MADE = ("smollm2-dynamics", "smollm2-layers")
 Weights = Literal["none", "adapter", "full"]
 
 # Weight files of transformers.
