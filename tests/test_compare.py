@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -543,6 +544,32 @@ def test_a_failure_leaves_the_others_alone(
     assert results(out)["failures"] == []
     assert (out / "runs/free/seed-0/perplexity.json").read_bytes() == before
     assert not (out / "runs/chunks/seed-0/error.log").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure_of_its_method_alone(
+    inputs: Path, tmp_path: Path
+) -> None:
+    budget = RECIPE.split("[methods")[0]
+    free = "train = false\nmethod = 'yarn'\n"
+    text = f"{budget}[methods.one]\n{free}[methods.two]\n{free}"
+    out = tmp_path / "out"
+    assert compare(inputs, out, text) == []
+    shutil.rmtree(out / "runs/one")
+    (out / "runs/one").write_text("")  # in the way of the folder, also for the root user
+    (out / "runs/two/seed-0/perplexity.json").unlink()
+
+    (line,) = compare(inputs, out, text)
+    assert line.startswith("one, seed 0, folder: cannot write") and "runs/one" in line
+    found = results(out)
+    (failure,) = found["failures"]
+    assert (failure["method"], failure["what"], failure["log"]) == ("one", "folder", None)
+    assert line.endswith(failure["error"])
+    assert {m["name"]: m["state"] for m in found["methods"]}["one"] == "failed"
+    assert {c["method"] for c in found["perplexity"]} == {"base", "two"}
+
+    (out / "runs/one").unlink()
+    assert compare(inputs, out, text) == []
+    assert results(out)["failures"] == []
 
 
 KILLED = """

@@ -10,7 +10,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from ..errors import ClexError, OutputError
-from ..files import new_file, new_folder, read_json, write_json
+from ..files import new_file, new_folder, output_errors, read_json, write_json
 from ..hf.checkpoint import load
 from ..hf.extend import extend, restore
 from ..hf.models import load_base
@@ -123,7 +123,8 @@ def run_compare(
         commands.append({"command": shlex.join(command), "started": now(), "versions": versions()})
         write_json(out / COMMANDS_FILE, commands)
         failures = run.all(jobs)
-        write_comparison(summarise(plan, out, run.measured, commands, now()), out)
+        summary = summarise(plan, out, run.measured, run.errors, commands, now())
+        write_comparison(summary, out)
     for line in failures:
         console.print(f"[red]failed[/red] {line}", highlight=False)
     console.print(f"in [bold]{out}[/bold]: report.html, results.json, results.csv, pictures")
@@ -151,6 +152,8 @@ class Run:
         self.plan, self.recipe, self.out = plan, plan.recipe, out
         self.device, self.console, self.measures = device, console, measures_of(plan)
         self.precision = TrainConfig(**self.recipe.budget).precision
+        # By folder: errors that could not be written into it, for the report of this run.
+        self.unwritten: dict[Path, dict[str, str]] = {}
 
     def all(self, jobs: Sequence[Job]) -> list[str]:
         """Do what is not done yet; returns a line for each failure."""
@@ -192,14 +195,17 @@ class Run:
     def one(self, job: Job) -> list[str]:
         """Train and measure; returns a line for each failure, which is kept in the folder too."""
         folder, errors = self.out / job.folder, dict[str, str]()
-        for name in (FAILURES_FILE, LOG_FILE):
-            (folder / name).unlink(missing_ok=True)
-        with self._noted(job, "training", errors):
-            if not self._trained(job):
-                self._train(job)
-        model = None
+        with self._noted(job, "folder", errors), output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (FAILURES_FILE, LOG_FILE):
+                (folder / name).unlink(missing_ok=True)
+        if not errors:
+            with self._noted(job, "training", errors):
+                if not self._trained(job):
+                    self._train(job)
+        model, broken = None, bool(errors)
         for name in self._names(job):
-            if "training" in errors or self.measured(job, name):
+            if broken or self.measured(job, name):
                 continue
             with self._noted(job, name, errors):
                 if model is None:
@@ -210,7 +216,10 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if errors:
-            write_json(folder / FAILURES_FILE, errors)
+            try:
+                write_json(folder / FAILURES_FILE, errors)
+            except (OSError, ClexError):
+                self.unwritten[job.folder] = errors
         return [f"{job.name}, {what}: {line}" for what, line in errors.items()]
 
     @contextmanager
@@ -222,11 +231,17 @@ class Run:
             lines = str(error).strip().splitlines() or [""]
             kind = "" if isinstance(error, ClexError) else f"{type(error).__name__}: "
             errors[what] = kind + lines[0]
-            log = self.out / job.folder / LOG_FILE
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(f"{what}\n{traceback.format_exc()}\n")
+            log, trace = self.out / job.folder / LOG_FILE, traceback.format_exc()
+            # The folder may be what is wrong; the others go on all the same.
+            with suppress(OSError), log.open("a", encoding="utf-8") as file:
+                file.write(f"{what}\n{trace}\n")
             self.console.print(f"[red]failed[/red] {what}: {errors[what]}", highlight=False)
+
+    def errors(self, job: Job) -> dict[str, str]:
+        """What failed when the job was run last, with one line for each; empty if nothing did."""
+        file = self.out / job.folder / FAILURES_FILE
+        kept: dict[str, str] = read_json(file) if file.is_file() else {}
+        return self.unwritten.get(job.folder, kept)
 
     def _trained(self, job: Job) -> bool:
         return job.training is None or (self.out / job.folder / TRAINED_FILE).is_file()
@@ -275,7 +290,6 @@ class Run:
             device=self.device,
             console=self.console,
         )
-        folder.mkdir(parents=True, exist_ok=True)
         with autocast(self.device, self.precision):
             result = self.measures[name](subject)
         self._finish(folder / f"{name}.json", settings, started, result=result)

@@ -12,7 +12,7 @@ from ..evaluation.scores import Score, perplexity, rows_of
 from ..files import read_json
 from ..run_folder import versions
 from .measures import measures_of
-from .plan import FAILURES_FILE, LOG_FILE, TRAINED_FILE, Job, Plan, how
+from .plan import LOG_FILE, TRAINED_FILE, Job, Plan, how
 from .recipe import BASE, EQUAL, Method
 from .statistics import FEW_DOCUMENTS, Losses, level
 
@@ -27,6 +27,7 @@ Cell = dict[str, Any]
 Key = tuple[str, str, int]  # method, protocol, length
 Results = list[tuple[Job, Any]]
 Fresh = Callable[[Job, str], bool]
+Errors = Callable[[Job], Mapping[str, str]]
 RETRIEVAL_TITLES = {"passkey": "Passkey in filler", "needle": "Needle in real text"}
 
 
@@ -34,6 +35,7 @@ def summarise(
     plan: Plan,
     out: Path,
     fresh: Fresh,
+    errors: Errors,
     commands: Sequence[Mapping[str, Any]],
     written: str,
 ) -> Cell:
@@ -43,6 +45,7 @@ def summarise(
         plan: what was to be done.
         out: the folder with what has been done.
         fresh: whether the file of a job's measure is there and was made with today's settings.
+        errors: what of a job has failed, with one line for each.
         commands: that were run on this folder, oldest first.
         written: the time, ISO 8601.
 
@@ -74,7 +77,7 @@ def summarise(
         "budget": _budget(budget),
         "seeds": list(recipe.seeds),
         "reference": recipe.reference,
-        "methods": [_method(plan, method, out, fresh) for method in recipe.methods],
+        "methods": [_method(plan, method, out, fresh, errors) for method in recipe.methods],
         "perplexity": table.cells(),
         "differences": table.differences(recipe.reference),
         "verdicts": table.verdicts(),
@@ -95,7 +98,7 @@ def summarise(
         ],
         "tasks": task_rows(found.get("harness", [])),
         "rows": table.rows,
-        "failures": _failures(plan, out),
+        "failures": _failures(plan, out, errors),
         "commands": list(commands),
         "versions": versions(),
         "recipe": recipe.text,
@@ -357,13 +360,13 @@ def task_rows(results: Results) -> list[Cell]:
     return rows
 
 
-def _failures(plan: Plan, out: Path) -> list[Cell]:
+def _failures(plan: Plan, out: Path, errors: Errors) -> list[Cell]:
     result = []
     for job in plan.jobs:
-        file = out / job.folder / FAILURES_FILE
-        if file.is_file():
-            where = {"method": job.method.name, "seed": job.seed, "log": str(job.folder / LOG_FILE)}
-            result += [{**where, "what": k, "error": line} for k, line in read_json(file).items()]
+        log = job.folder / LOG_FILE
+        found = str(log) if (out / log).is_file() else None
+        where = {"method": job.method.name, "seed": job.seed, "log": found}
+        result += [{**where, "what": what, "error": line} for what, line in errors(job).items()]
     return result
 
 
@@ -374,9 +377,9 @@ def _budget(job: Job | None) -> Cell:
     return {"tokens": job.tokens, "steps": job.training.steps, "settings": settings}
 
 
-def _method(plan: Plan, method: Method, out: Path, fresh: Fresh) -> Cell:
+def _method(plan: Plan, method: Method, out: Path, fresh: Fresh, errors: Errors) -> Cell:
     jobs = [job for job in plan.jobs if job.method is method]
-    runs = [_run(plan, job, out, fresh) for job in jobs]
+    runs = [_run(plan, job, out, fresh, errors) for job in jobs]
     states = {run["state"] for run in runs}
     training = jobs[0].training
     return {
@@ -397,7 +400,7 @@ def _method(plan: Plan, method: Method, out: Path, fresh: Fresh) -> Cell:
     }
 
 
-def _run(plan: Plan, job: Job, out: Path, fresh: Fresh) -> Cell:
+def _run(plan: Plan, job: Job, out: Path, fresh: Fresh, errors: Errors) -> Cell:
     folder = out / job.folder
     names = list(measures_of(plan)) if job.method.measured else []
     done = [name for name in names if fresh(job, name)]
@@ -407,7 +410,7 @@ def _run(plan: Plan, job: Job, out: Path, fresh: Fresh) -> Cell:
     seconds = [read_json(folder / f"{name}.json")["seconds"] for name in done]
     return {
         "seed": job.seed,
-        "state": "failed" if (folder / FAILURES_FILE).is_file() else state,
+        "state": "failed" if errors(job) else state,
         "folder": str(job.folder),
         "train_seconds": read_json(trained)["seconds"] if trained.is_file() else None,
         "measure_seconds": sum(seconds) if seconds else None,
