@@ -337,5 +337,5 @@ def base_name(folder: str | Path) -> str:
     """
     name = read_about(folder).get("base_model")
     if not name:
-        raise CheckpointError(f"{folder} names no base model")
+        raise CheckpointError(f"{folder} names no base model; save it with base_model=NAME")
     return str(name)
