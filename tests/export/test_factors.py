@@ -90,6 +90,13 @@ def test_another_theta_than_that_of_the_frequencies_is_refused() -> None:
         fixed_scale(clex.extend(model, exports.YARN), scale=4)
 
 
+@pytest.mark.parametrize("kind", ["temperature", "curve"])
+def test_layers_with_numbers_of_their_own_are_refused(kind: str) -> None:
+    own = clex.ClexConfig(max_scale=8, per_layer=kind)
+    with pytest.raises(UnsupportedModelError, match="fit the dynamics with --per-layer none"):
+        fixed_scale(clex.extend(exports.make_model(), own), scale=4)
+
+
 def test_alibi_has_no_factors() -> None:
     alibi = clex.ClexConfig(method="alibi", max_scale=8)
     with pytest.raises(UnsupportedModelError, match="does not rotate"):
