@@ -170,8 +170,13 @@ class TrainConfig:
             raise ConfigError(unknown("training depth", self.depth, DEPTHS))
         if self.global_batch is not None and self.accumulation is None:
             object.__setattr__(self, "accumulation", 1)  # follows below
-        fallback = {"rate": 0.0, "batch_size": 1, "accumulation": 1, "select_windows": 0}
-        fallback["warmup"] = 0.05
+        fallback = {
+            "rate": 0.0,
+            "warmup": 0.05,
+            "batch_size": 1,
+            "accumulation": 1,
+            "select_windows": 0,
+        }
         fallback |= _DEFAULTS[self.depth]
         for name, value in fallback.items():
             if getattr(self, name) is None:

@@ -169,7 +169,7 @@ def frequencies(model: nn.Module, t: float) -> Tensor | dict[str, Tensor]:
 
     Returns:
         float32, shape (F,), radians per token; a dictionary by layer type for models that have one
-        rotary for each.
+        rotary for each. Where layers have curves of their own: their geometric mean.
 
     Raises:
         ConfigError: `t` is below 1, or the model is not extended.
