@@ -23,6 +23,7 @@ OWN_GAIN = 3.0
 _LIMITS = {
     "max_scale": (1.0, 4096.0),
     "fixed_scale": (1.0, 4096.0),
+    "fitted_scale": (1.0, 4096.0),
     "native_length": (2, 2**27),
     "width": (0.01, 16.0),
     "bound": (0.0, 8.0),
@@ -97,6 +98,8 @@ class ClexConfig:
         method: name of a registered scaling method; ``"clex"`` is the learned one.
         max_scale: largest length scale t. The longest text is ``max_scale * native_length`` tokens.
         fixed_scale: one t for every text, whatever its length; for a model that is to be static.
+        fitted_scale: largest t that the learned part is fitted for; above it the learned part stays
+            as it is there and the closed form goes on alone. Training below `max_scale` sets it.
         native_length: tokens that the model was trained to read, the unit of t; read from the
             model where it is not given.
         layer_types: layer types to extend in models with one rotary per type; all types with
@@ -131,6 +134,7 @@ class ClexConfig:
     method: str = "clex"
     max_scale: float = 16.0
     fixed_scale: float | None = None
+    fitted_scale: float | None = None
     native_length: int | None = None
     layer_types: tuple[str, ...] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -162,6 +166,8 @@ class ClexConfig:
             self._fill(dynamics)
         else:
             stray = [n for n in dynamics if n != "temperature" and getattr(self, n) is not None]
+            if self.temperature != "learned" and self.fitted_scale is not None:
+                stray.append("fitted_scale")
             if stray:
                 raise ConfigError(f"{stray[0]} belongs to method 'clex', not to {self.method!r}")
         for name, valid in (

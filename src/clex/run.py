@@ -266,6 +266,8 @@ def run_extend(
                     f"{start} has {name} {getattr(before, name)}, not {getattr(clex, name)}"
                 )
         clex = clex if fresh else before
+    elif clex.method == "clex" and clex.fitted_scale is None and training.max_scale is not None:
+        clex = clex.replace(fitted_scale=training.max_scale)
     with as_method(plain, clex) as probe:
         resolved = config_of(probe)
         if training.depth == "dynamics" and not learned_parameters(probe):

@@ -57,10 +57,14 @@ class Learned(Temperature):
     it starts. For any p and q it is 0 at t = 1 and never falls with t, so it extrapolates soundly.
     Both are kept within +-2 by a tanh, far outside of what is ever useful. Where layers have curves
     of their own each adds a number times ln t to its ``ln a``, so that a layer may also fall.
+    Above `fitted_scale` it grows as log-n does.
     """
 
-    def __init__(self, native_length: int, layers: int = 1) -> None:
+    def __init__(
+        self, native_length: int, layers: int = 1, fitted_scale: float | None = None
+    ) -> None:
         super().__init__(native_length)
+        self.fitted_scale = fitted_scale
         # Of one entry, since DeepSpeed cannot send a parameter without a dimension.
         self.log_gain = nn.Parameter(torch.zeros(1))
         self.log_rate = nn.Parameter(torch.zeros(1))
@@ -74,9 +78,16 @@ class Learned(Temperature):
 
     def _factor(self, t: Tensor, own: Tensor | None) -> Tensor:
         p, q = 2 * torch.tanh(self.log_gain[0] / 2), 2 * torch.tanh(self.log_rate[0] / 2)
-        growth = q.exp() * t.log() / math.log(self.native_length)
+        fitted = t if self.fitted_scale is None else t.clamp(max=self.fitted_scale)
+        growth = q.exp() * fitted.log() / math.log(self.native_length)
         log_factor = 0.5 * p.exp() * growth.log1p()
-        return (log_factor if own is None else log_factor + OWN_GAIN * own * t.log()).exp()
+        if own is not None:
+            log_factor = log_factor + OWN_GAIN * own * fitted.log()
+        if self.fitted_scale is None:
+            return log_factor.exp()
+        # log-n(t) over log-n(fitted).
+        native = math.log(self.native_length)
+        return log_factor.exp() * ((native + t.log()) / (native + fitted.log())).sqrt()
 
 
 TEMPERATURES: dict[str, type[Temperature]] = {
@@ -87,13 +98,16 @@ TEMPERATURES: dict[str, type[Temperature]] = {
 }
 
 
-def make_temperature(name: str, native_length: int, layers: int = 1) -> Temperature:
+def make_temperature(
+    name: str, native_length: int, layers: int = 1, fitted_scale: float | None = None
+) -> Temperature:
     """The rule called `name` for a model trained on `native_length` tokens.
 
     Args:
         name: of the rule.
         native_length: the unit of t.
         layers: how many have a temperature of their own, where the rule is a learned one.
+        fitted_scale: see `ClexConfig`.
 
     Raises:
         ConfigError: there is no such rule.
@@ -101,4 +115,6 @@ def make_temperature(name: str, native_length: int, layers: int = 1) -> Temperat
     if name not in TEMPERATURES:
         raise ConfigError(unknown("temperature", name, TEMPERATURES))
     rule = TEMPERATURES[name]
-    return Learned(native_length, layers) if rule is Learned else rule(native_length)
+    if rule is Learned:
+        return Learned(native_length, layers, fitted_scale)
+    return rule(native_length)

@@ -200,3 +200,33 @@ def test_methods_without_a_rate_are_no_base(base: str) -> None:
 def test_unknown_field() -> None:
     with pytest.raises(ConfigError, match="did you mean 'modulated'"):
         clex(make_spec(Shape(64, 1e4)), field="modulatd")
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_the_learned_part_stays_beyond_what_it_is_fitted_for(preset: str) -> None:
+    """Frequencies go on from f(4) as the closed form does, whose ratio is taken in float64."""
+    spec = make_spec(Shape(32, 1e4, native_length=256))
+    settings = {"preset": preset, "max_scale": 16}
+    fitted = randomise(clex(spec, **settings, fitted_scale=4), 0.3)
+    free = randomise(clex(spec, **settings), 0.3)
+    start = get_scaling("dynamic_ntk")(
+        spec, ClexConfig(method="dynamic_ntk", preset=preset, max_scale=16)
+    )
+    inside, edge, beyond = torch.tensor([2.5]), torch.tensor([4.0]), torch.tensor([13.0])
+    with torch.no_grad():
+        assert_same_bits(fitted.inv_freq(inside), free.inv_freq(inside))
+        assert_same_bits(fitted.attention_factor(inside), free.attention_factor(inside))
+        grown = start.ratio(beyond).double() / start.ratio(edge).double()
+        assert_close(
+            fitted.inv_freq(beyond)[0], (free.inv_freq(edge).double() * grown)[0].numpy(), 2e-6
+        )
+        n = spec.native_length
+        grown_by = references.log_n_factor(n, 13.0) / references.log_n_factor(n, 4.0)
+        factor = free.attention_factor(edge).double() * grown_by
+        assert_close(fitted.attention_factor(beyond), factor.numpy(), 1e-6)
+        assert not torch.allclose(fitted.inv_freq(beyond), free.inv_freq(beyond), rtol=1e-3)
+
+
+def test_fitted_scale_needs_something_learned() -> None:
+    with pytest.raises(ConfigError, match="fitted_scale belongs to method 'clex'"):
+        ClexConfig(method="yarn", fitted_scale=4)

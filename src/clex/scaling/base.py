@@ -55,7 +55,10 @@ class Scaling(nn.Module):
         # Not persistent: it belongs to the model, and the extension must not save it a second time.
         self.register_buffer("inv_freq_native", spec.inv_freq.float(), persistent=False)
         self.temperature = make_temperature(
-            config.temperature or self.default_temperature, spec.native_length, spec.layers
+            config.temperature or self.default_temperature,
+            spec.native_length,
+            spec.layers,
+            config.fitted_scale,
         )
         self.posts = nn.ModuleList(make_posts(config.post, spec))
 

@@ -24,8 +24,9 @@ class Clex(Scaling):
     log f(t) = log f(1) + base curve + residual, the residual being the ODE's solution.
 
     The base curve is exact and only the residual is integrated (r = 0 at t = 1), so an untrained
-    field gives the base method bit for bit. Presets ``default`` and ``paper`` differ in the field
-    and its settings only. With `per_layer` ``"curve"`` each layer has a residual of its own.
+    field gives the base method bit for bit. Above `fitted_scale` the residual stays. Presets
+    ``default`` and ``paper`` differ in the field and its settings only. With `per_layer`
+    ``"curve"`` each layer has a residual of its own.
     """
 
     source = "Chen et al. 2023, arXiv 2310.16450, equations 7 to 14"
@@ -57,6 +58,8 @@ class Clex(Scaling):
 
     def _residual(self, t: Tensor) -> Tensor:
         """The solution of the ODE, (B, layers, F)."""
+        if self.config.fitted_scale is not None:
+            t = t.clamp(max=self.config.fitted_scale)
         solved = self._kernel if self.has_kernel and active(t) else self._solve
         return solved(t).view(len(t), self.field.layers, -1)
 
