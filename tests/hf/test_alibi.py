@@ -83,28 +83,6 @@ def test_block_size_changes_nothing(block: int) -> None:
     torch.testing.assert_close(tiny.logits(make(), ids), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_one_kernel_for_whole_texts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention against the blocks, which the tests here check: logits and gradients."""
-    ids = tiny.make_ids(1, 300).cuda()
-    results, calls = {}, []
-    kernel = alibi._in_one_kernel
-    monkeypatch.setattr(alibi, "_in_one_kernel", lambda *a: (calls.append(1), kernel(*a))[1])
-    for flex in (True, False):
-        if not flex:
-            monkeypatch.setattr(alibi, "causal_blocks", lambda *a: None)
-        model = make(family).cuda()
-        output = model(ids, labels=ids, use_cache=False)
-        output.loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        results[flex] = output.logits.detach(), gradients
-        assert len(calls) == model.config.num_hidden_layers
-    torch.testing.assert_close(results[True][0], results[False][0], rtol=1e-3, atol=1e-3)
-    for one, blocks in zip(results[True][1], results[False][1], strict=True):
-        torch.testing.assert_close(one, blocks, rtol=2e-2, atol=1e-4)
-
-
 def test_head_numbers_that_are_no_power_of_two() -> None:
     changes = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96}
     ids = tiny.make_ids(1, LENGTH)
