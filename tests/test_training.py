@@ -213,7 +213,7 @@ def drawn_positions(
 
     def watch(name: str, n: int, t: Tensor, seeds: Tensor, native: int, most: float) -> Tensor:
         table = draw(name, n, t, seeds, native, most)
-        assert (name, most) == (positions, 4)
+        assert (name, most) == (positions, 4 * (1 + settings.get("span_margin", 0)))
         rows.update(zip(seeds.tolist(), zip(t.tolist(), table, strict=True), strict=True))
         return table
 
@@ -250,6 +250,38 @@ def test_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(t <= most for t, most in zip(scales[0], limits, strict=True))
     assert any(t > most for t, most in zip(scales[1], limits, strict=True))
     assert scales[0][6:] == scales[1][6:]
+
+
+def test_sampled_positions_reach_farther_by_the_margin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The "random" sampler fills its span: t or 1.25 t times the window."""
+    settings: dict[str, Any] = {"steps": 8, "native_share": 0.25}
+    for name, margin in (("a", 0.0), ("b", 0.25)):
+        rows = drawn_positions(
+            tmp_path / name, monkeypatch, "random", span_margin=margin, **settings
+        )
+        # The scales that are handed to the sampler are those of the span.
+        spans = [table[-1].item() + 1 for _, table in rows.values()]
+        scales = [training.Windows(TOKENS, plan(margin), 8, 0)[i]["scale"] for i in range(8)]
+        wanted = [tiny.NATIVE * (t * (1 + margin) if t > 1 else 1) for t in scales]
+        assert sorted(spans) == pytest.approx(sorted(map(round, wanted)), abs=1)
+    assert max(spans) > 4 * tiny.NATIVE
+
+
+def plan(margin: float) -> Any:
+    config = TrainConfig(depth="full", steps=8, native_share=0.25, span_margin=margin)
+    return training.check_plan(training.config_of(make(positions="random")), config, TOKENS)
+
+
+@pytest.mark.parametrize(("power", "mean"), [(1.0, 2.5), (2.0, 3.0), (0.5, 2.0)])
+def test_larger_scales_more_often(power: float, mean: float) -> None:
+    """The mean of 1 + 3 u^(1/p) for uniform u is 1 + 3 p/(p+1)."""
+    config = TrainConfig(depth="full", native_share=0.0, scale_power=power)
+    drawn = training.check_plan(training.config_of(make()), config, TOKENS)
+    scales = [drawn.scale(i, seed=5) for i in range(2000)]
+    assert min(scales) >= 1 and max(scales) <= 4
+    assert sum(scales) / len(scales) == pytest.approx(mean, abs=0.01)
 
 
 def test_curriculum_counts_the_items_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -324,6 +324,8 @@ class WindowPlan:
         native_length: the unit of t.
         min_scale, max_scale: scales are drawn uniformly between these: the largest, where most
             can go wrong, need the most windows.
+        power: above 1 larger scales are drawn more often, with a density that grows as
+            (t - min_scale)^(power - 1).
         margin: windows of true length are longer than their scale by this share. Without it the
             mean loss buys a better middle with a collapse in the last few percent of the range.
         native_share: share of items at t = 1, which teach (and keep) the short window.
@@ -340,6 +342,7 @@ class WindowPlan:
     native_length: int
     min_scale: float
     max_scale: float
+    power: float = 1.0
     margin: float = 0.0
     native_share: float = 0.0
     integer_scales: bool = False
@@ -374,6 +377,7 @@ class WindowPlan:
         coin = (coin + index * math.sqrt(2)) % 1.0
         if coin < self.native_share:
             return 1.0
+        share **= 1 / self.power
         if self.integer_scales:
             low = math.ceil(self.min_scale)
             high = max(low, int(self.largest(index)))

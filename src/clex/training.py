@@ -102,6 +102,8 @@ class TrainConfig:
         dynamics_rate: learning rate of the extension.
         min_scale, max_scale: range of the scales in training; from 1 to the extension's own
             `max_scale` if not given. A smaller range tests what the dynamics extrapolate.
+        scale_power: above 1 larger scales are drawn more often, with a density that grows as
+            (t - min_scale)^(scale_power - 1); 1 is uniform.
         batch_size: windows in a forward pass of one process.
         accumulation: forward passes of each process in a step.
         global_batch: windows in a step of all processes together. If it is given `accumulation`
@@ -114,6 +116,8 @@ class TrainConfig:
             geometrically from 2 (or `min_scale`) to `max_scale`; 0 is off.
         margin: how much longer windows of true lengths are than their scale says, so that the end
             of the range is safe.
+        span_margin: how much farther sampled positions reach than their scale says, for t above 1;
+            the last positions of a range are drawn least often.
         end_weight: of a window of its scale's true length the tokens beyond the native window are
             scored, whose distances are new, and the last half native window, where most can go
             wrong, has this share of the weight on top.
@@ -144,6 +148,7 @@ class TrainConfig:
     dynamics_rate: float = _FROM_DEPTH
     min_scale: float = 1.0
     max_scale: float | None = None
+    scale_power: float = 1.0
     batch_size: int = _FROM_DEPTH
     accumulation: int = _FROM_DEPTH
     global_batch: int | None = None
@@ -153,6 +158,7 @@ class TrainConfig:
     native_share: float = _FROM_DEPTH
     curriculum: float = 0.0
     margin: float = 0.03125
+    span_margin: float = 0.0
     end_weight: float = 0.5
     select_windows: int = _FROM_DEPTH
     shares: tuple[float, ...] = ()
@@ -197,6 +203,8 @@ class TrainConfig:
             "native_share": (0.0, 1.0),
             "curriculum": (0.0, 1.0),
             "margin": (0.0, 1.0),
+            "span_margin": (0.0, 1.0),
+            "scale_power": (0.1, 10.0),
             "end_weight": (0.0, 1.0),
             "select_windows": (0, 1024),
             "long_factor": (0.01, 1e6),
@@ -411,6 +419,7 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
         native_length=native,
         min_scale=config.min_scale,
         max_scale=most,
+        power=config.scale_power,
         margin=config.margin,
         native_share=config.native_share,
         integer_scales=extension.integer_scales,
@@ -556,13 +565,12 @@ class ExtensionTrainer(Trainer):
         assert native is not None
         if self.true_lengths:
             return None
+        t, most = inputs["scale"], self.windows.plan.max_scale
+        if self.config.span_margin:
+            t = torch.where(t > 1, t * (1 + self.config.span_margin), t)
+            most *= 1 + self.config.span_margin
         return sample_positions(
-            self.extension.positions,
-            ids.shape[1],
-            inputs["scale"],
-            inputs["seed"],
-            native,
-            self.windows.plan.max_scale,
+            self.extension.positions, ids.shape[1], t, inputs["seed"], native, most
         )
 
     def weights(self, n: int) -> Tensor:

@@ -90,6 +90,12 @@ def extend(
     post: Annotated[
         list[str] | None, typer.Option(help="clip, resonance or p_rope, on top of the method.")
     ] = None,
+    scale_power: Annotated[
+        float, typer.Option(help="Above 1: large scales are drawn more often in training.")
+    ] = 1.0,
+    span_margin: Annotated[
+        float, typer.Option(help="How much farther sampled positions reach than their scale says.")
+    ] = 0.0,
     curriculum: Annotated[
         float, typer.Option(help="Share of the training over which the largest scale grows.")
     ] = 0.0,
@@ -184,6 +190,8 @@ def extend(
     training = TrainConfig(
         **{name: value for name, value in chosen.items() if value is not None},
         depth=train.value,
+        scale_power=scale_power,
+        span_margin=span_margin,
         curriculum=curriculum,
         global_batch=global_batch,
         long_factor=long_factor,

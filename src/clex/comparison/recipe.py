@@ -67,7 +67,9 @@ OWN = (
     "native_share",
     "min_scale",
     "max_scale",
+    "scale_power",
     "margin",
+    "span_margin",
     "curriculum",
 )
 _RUNNING = ("save_every", "checkpointing", "compile")
