@@ -23,11 +23,13 @@ import clex
 import clex.run
 import tiny
 from clex import cli
-from clex.errors import OutputError
+from clex.errors import ConfigError, OutputError
 from clex.evaluation.perplexity import PerplexityPlan, evaluate_extended, evaluate_methods
-from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_config
 from clex.hf.extend import config_of
 from clex.hf.models import load_base
+from clex.run import EvalConfig, run_extend
+from clex.training import TrainConfig
 
 RESULTS = ("results.json", "results.csv", "perplexity.png")
 
@@ -578,3 +580,29 @@ def test_interrupt(
     code, said = call(*extend_arguments(inputs, tmp_path / "out"))
     assert code == 130
     assert "the same command goes on" in said
+
+
+def test_training_below_the_largest_scale_says_what_is_fitted(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """The result's learned part stays above it, and cannot be fitted there either."""
+
+    def fit(out: str, **changes: Any) -> Path:
+        start = changes.pop("start", None)
+        run_extend(
+            str(inputs.model),
+            str(inputs.data),
+            tmp_path / out,
+            clex=clex.ClexConfig(max_scale=4, steps=4),
+            training=TrainConfig(steps=1, accumulation=1, select_windows=1, **changes),
+            evaluation=EvalConfig(lengths=(64,), documents=1, windows=1, rivals=()),
+            start=start,
+        )
+        return tmp_path / out
+
+    half = fit("half", max_scale=2)
+    assert load_config(half).fitted_scale == 2
+    assert load_config(fit("whole")).fitted_scale is None
+    with pytest.raises(ConfigError, match="up to 4 are above fitted_scale 2"):
+        fit("farther", start=half)
+    assert load_config(fit("again", start=half, max_scale=2)).fitted_scale == 2

@@ -69,3 +69,21 @@ def test_learned_has_gradients() -> None:
 def test_unknown_rule() -> None:
     with pytest.raises(ConfigError, match="did you mean 'log_n'"):
         make_temperature("logn", LENGTH)
+
+
+def test_learned_grows_as_log_n_beyond_what_it_is_fitted_for() -> None:
+    free = make_temperature("learned", LENGTH, layers=3)
+    held = make_temperature("learned", LENGTH, layers=3, fitted_scale=4.0)
+    with torch.no_grad():
+        for parameter in free.parameters():
+            parameter.normal_(std=0.3)
+        held.load_state_dict(free.state_dict())
+        t = SCALES[:, None]
+        factors, others = held.layer_factors(t), free.layer_factors(t)
+    inside = SCALES <= 4
+    assert torch.equal(factors[inside], others[inside])
+    edge = others[SCALES == 4].double().numpy()
+    for row, scale in zip(factors[~inside], SCALES[~inside], strict=True):
+        grown = log_n_factor(LENGTH, float(scale)) / log_n_factor(LENGTH, 4)
+        assert_close(row, edge[0] * grown, 1e-6)
+    assert not torch.allclose(factors[~inside], others[~inside], rtol=1e-3)

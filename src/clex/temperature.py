@@ -60,9 +60,7 @@ class Learned(Temperature):
     Above `fitted_scale` it grows as log-n does.
     """
 
-    def __init__(
-        self, native_length: int, layers: int = 1, fitted_scale: float | None = None
-    ) -> None:
+    def __init__(self, native_length: int, layers: int = 1, fitted_scale: float = math.inf) -> None:
         super().__init__(native_length)
         self.fitted_scale = fitted_scale
         # Of one entry, since DeepSpeed cannot send a parameter without a dimension.
@@ -78,14 +76,12 @@ class Learned(Temperature):
 
     def _factor(self, t: Tensor, own: Tensor | None) -> Tensor:
         p, q = 2 * torch.tanh(self.log_gain[0] / 2), 2 * torch.tanh(self.log_rate[0] / 2)
-        fitted = t if self.fitted_scale is None else t.clamp(max=self.fitted_scale)
+        fitted = t.clamp(max=self.fitted_scale)
         growth = q.exp() * fitted.log() / math.log(self.native_length)
         log_factor = 0.5 * p.exp() * growth.log1p()
         if own is not None:
             log_factor = log_factor + OWN_GAIN * own * fitted.log()
-        if self.fitted_scale is None:
-            return log_factor.exp()
-        # log-n(t) over log-n(fitted).
+        # log-n(t) over log-n(fitted): exactly 1 inside the fitted range.
         native = math.log(self.native_length)
         return log_factor.exp() * ((native + t.log()) / (native + fitted.log())).sqrt()
 
@@ -99,7 +95,7 @@ TEMPERATURES: dict[str, type[Temperature]] = {
 
 
 def make_temperature(
-    name: str, native_length: int, layers: int = 1, fitted_scale: float | None = None
+    name: str, native_length: int, layers: int = 1, fitted_scale: float = math.inf
 ) -> Temperature:
     """The rule called `name` for a model trained on `native_length` tokens.
 
@@ -107,7 +103,7 @@ def make_temperature(
         name: of the rule.
         native_length: the unit of t.
         layers: how many have a temperature of their own, where the rule is a learned one.
-        fitted_scale: see `ClexConfig`.
+        fitted_scale: largest t that a learned rule is fitted for, see `ClexConfig`.
 
     Raises:
         ConfigError: there is no such rule.

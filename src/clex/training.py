@@ -382,7 +382,8 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
         tokens: training documents.
 
     Raises:
-        ConfigError: the train length does not fit the extension, or the sampler is unknown.
+        ConfigError: the train length or the scales do not fit the extension, or the sampler is
+            unknown.
         DataError: the documents are too short.
     """
     native = extension.native_length
@@ -413,6 +414,12 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
         raise ConfigError(
             f"training scales {config.min_scale:g} to {most:g} must lie between 1 and the"
             f" extension's max_scale {extension.max_scale:g}"
+        )
+    fitted = extension.fitted_scale
+    if config.depth == "dynamics" and fitted is not None and most > fitted:
+        raise ConfigError(
+            f"training scales up to {most:g} are above fitted_scale {fitted:g}, beyond which the"
+            f" learned part stays: train up to {fitted:g}, or start afresh"
         )
     plan = WindowPlan(
         tokens=length,

@@ -204,22 +204,19 @@ def test_unknown_field() -> None:
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_the_learned_part_stays_beyond_what_it_is_fitted_for(preset: str) -> None:
-    """Frequencies go on from f(4) as the closed form does, whose ratio is taken in float64."""
-    spec = make_spec(Shape(32, 1e4, native_length=256))
+    """Frequencies go on from f(4) as the closed form in float64 does, and so does log-n."""
+    shape = Shape(32, 1e4, native_length=256)
+    spec = make_spec(shape)
     settings = {"preset": preset, "max_scale": 16}
     fitted = randomise(clex(spec, **settings, fitted_scale=4), 0.3)
     free = randomise(clex(spec, **settings), 0.3)
-    start = get_scaling("dynamic_ntk")(
-        spec, ClexConfig(method="dynamic_ntk", preset=preset, max_scale=16)
-    )
     inside, edge, beyond = torch.tensor([2.5]), torch.tensor([4.0]), torch.tensor([13.0])
     with torch.no_grad():
         assert_same_bits(fitted.inv_freq(inside), free.inv_freq(inside))
         assert_same_bits(fitted.attention_factor(inside), free.attention_factor(inside))
-        grown = start.ratio(beyond).double() / start.ratio(edge).double()
-        assert_close(
-            fitted.inv_freq(beyond)[0], (free.inv_freq(edge).double() * grown)[0].numpy(), 2e-6
-        )
+        grown = references.ntk(shape, 2 * 13 - 1) / references.ntk(shape, 2 * 4 - 1)
+        expected = free.inv_freq(edge)[0].double().numpy() * grown
+        assert_close(fitted.inv_freq(beyond)[0], expected, 2e-6)
         n = spec.native_length
         grown_by = references.log_n_factor(n, 13.0) / references.log_n_factor(n, 4.0)
         factor = free.attention_factor(edge).double() * grown_by

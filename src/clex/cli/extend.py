@@ -94,7 +94,7 @@ def extend(
         float, typer.Option(help="Above 1: large scales are drawn more often in training.")
     ] = 1.0,
     span_margin: Annotated[
-        float, typer.Option(help="How much farther sampled positions reach than their scale says.")
+        float, typer.Option(help="For lora and full: how much farther positions reach than t says.")
     ] = 0.0,
     curriculum: Annotated[
         float, typer.Option(help="Share of the training over which the largest scale grows.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -58,7 +59,7 @@ class Scaling(nn.Module):
             config.temperature or self.default_temperature,
             spec.native_length,
             spec.layers,
-            config.fitted_scale,
+            config.fitted_scale or math.inf,
         )
         self.posts = nn.ModuleList(make_posts(config.post, spec))
 
