@@ -113,6 +113,7 @@ def _begin(place: dict[str, Any], work: Callable[..., None], args: tuple[Any, ..
 
 def _shard_on_the_cpu() -> None:
     """accelerate looks at its FSDP settings on accelerators alone; all of it works with gloo."""
+    processes._refuse_cutting_on_cpus = lambda: None
     init = PartialState.__init__
 
     def claim_a_gpu(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -324,6 +325,7 @@ def test_the_precision_is_ours(
 def joins() -> None:
     with pytest.raises(ConfigError, match="FSDP2 needs GPUs"):
         processes.join()
+    assert not dist.is_initialized()
 
 
 def test_cutting_weights_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

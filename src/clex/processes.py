@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -65,14 +65,19 @@ def join() -> None:
         ConfigError: accelerate does not cut weights or texts on CPUs, though it was asked to.
     """
     if world_size() > 1:
+        # Before they meet: a process that leaves while others connect shows them a network error.
+        _refuse_cutting_on_cpus()
         # transformers would read the weights in one process and leave the others' empty.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        state = PartialState(cpu=not torch.cuda.is_available())
-        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if state.distributed_type == DistributedType.MULTI_CPU and (sharded or pieces() > 1):
-            what = "context parallelism" if pieces() > 1 else "FSDP2"
-            raise ConfigError(f"{what} needs GPUs; on CPUs start this run with torchrun, for DDP")
+        PartialState(cpu=not torch.cuda.is_available())
         _patient_group()
+
+
+def _refuse_cutting_on_cpus() -> None:
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if (sharded or pieces() > 1) and not torch.cuda.is_available():
+        what = "context parallelism" if pieces() > 1 else "FSDP2"
+        raise ConfigError(f"{what} needs GPUs; on CPUs start this run with torchrun, for DDP")
 
 
 def agreed(work: Callable[[], ResultT]) -> ResultT:
