@@ -164,6 +164,55 @@ def test_batch_of_true_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", ["dynamics", "full"])
+def test_windows_of_true_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: str
+) -> None:
+    """No positions are drawn; weights learn from every token, the dynamics alone from far ones."""
+    seen: list[tuple[float, Any, int, Any]] = []
+    at_scale, call = training.at_scale, training.TokenLoss.__call__
+
+    def watch(model: Any, t: Any, positions: Any = None) -> Any:
+        seen.append((float(t), positions, 0, None))
+        return at_scale(model, t, positions)
+
+    def count(self: Any, model: Any, input_ids: Tensor, **inputs: Any) -> Any:
+        losses, logits = call(self, model, input_ids, **inputs)
+        seen[-1] = (*seen[-1][:2], input_ids.shape[1], losses.detach())
+        return losses, logits
+
+    monkeypatch.setattr(training, "at_scale", watch)
+    monkeypatch.setattr(training.TokenLoss, "__call__", count)
+    before = weights(make())
+    settings: dict[str, Any] = {"true_lengths": True, "native_share": 0.25, "steps": 8}
+    after = weights(run(tmp_path, depth=depth, rate=1e-3, dynamics_rate=1e-3, **settings))
+    assert all("scalings" in name for name in moved(before, after)) == (depth == "dynamics")
+    assert any("scalings" in name for name in moved(before, after))
+    assert {t for t, *_ in seen} > {1.0}
+    for (t, positions, n, losses), record in zip(seen, read_log(tmp_path), strict=True):
+        assert positions is None
+        assert n == pytest.approx(tiny.NATIVE * (t * 1.03125 if t > 1 else 1), abs=1)
+        scored = n - 1 if depth == "full" else max(n - tiny.NATIVE, tiny.NATIVE // 2)
+        assert losses.shape == (1, scored)
+        if depth == "full":
+            assert record["loss"] == pytest.approx(losses.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"depth": "full", "train_length": 48, "true_lengths": True}, "not both"),
+        ({"depth": "full", "true_lengths": "yes"}, "true or false"),
+        ({"depth": "full", "true_lengths": True, "select_windows": 2}, "at depth full"),
+    ],
+)
+def test_true_lengths_that_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        TrainConfig(**settings)
+    assert TrainConfig().true_lengths and not TrainConfig(train_length=48).true_lengths
+    assert not TrainConfig(depth="full").true_lengths
+
+
+@pytest.mark.parametrize("depth", ["dynamics", "full"])
 def test_paper_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: str) -> None:
     seen: list[tuple[Any, Any]] = []
     at_scale = training.at_scale

@@ -354,7 +354,8 @@ class WindowPlan:
 
     def window(self, scale: float) -> int:
         """Tokens of a window at `scale`."""
-        true = round(scale * self.native_length * (1 + self.margin))
+        margin = self.margin if scale > 1 else 0.0  # the plain model ends at its window
+        true = round(scale * self.native_length * (1 + margin))
         return self.tokens or max(2, self.multiple, true - true % self.multiple)
 
     def largest(self, index: int) -> float:

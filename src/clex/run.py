@@ -299,8 +299,8 @@ def run_extend(
                     untrained, held_out, plan, free, console, token_bytes=sizes, log=log
                 )
                 base = None
-                true_lengths = training.depth == "dynamics" and training.train_length is None
-                if choose_start and true_lengths and fresh and clex.method == "clex":
+                fitted = training.depth == "dynamics" and training.true_lengths
+                if choose_start and fitted and fresh and clex.method == "clex":
                     base = choose_base(plain, tokens, clex, seed=training.seed, console=console)
             found = {"rows": [row.to_dict() for row in rows], "base": base}
             write_json(out / _BASELINE_FILE, found)

@@ -81,6 +81,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "native_share": 0.0,
         "warmup": 0.0,
         "batch_size": 1,
+        "end_weight": 0.5,
         "select_windows": 6,
     },
     "lora": {"steps": 200, "rate": 2e-4, "dynamics_rate": 2e-4, "native_share": 0.25},
@@ -95,8 +96,10 @@ class TrainConfig:
 
     Args:
         depth: ``"dynamics"`` (weights frozen), ``"lora"`` or ``"full"``.
-        train_length: tokens of a window, with sampled positions. If not given: the native length,
-            but at depth ``dynamics`` windows have the true length of their scale.
+        train_length: tokens of a window, with sampled positions; the native length if not given.
+        true_lengths: windows have the true length of their scale, up to `max_scale` times the
+            native one, and no sampled positions; so it is at depth ``dynamics`` without a
+            `train_length`. With weights that train it needs the memory of the longest window.
         steps: optimiser steps.
         rate: learning rate of weights or adapters.
         dynamics_rate: learning rate of the extension.
@@ -118,12 +121,12 @@ class TrainConfig:
             of the range is safe.
         span_margin: how much farther sampled positions reach than their scale says, for t above 1;
             the last positions of a range are drawn least often.
-        end_weight: of a window of its scale's true length the tokens beyond the native window are
-            scored, whose distances are new, and the last half native window, where most can go
-            wrong, has this share of the weight on top.
-        select_windows: long windows that choose between the start and six moments of a run with
-            windows of true lengths (`clex.selection`); 0 keeps the last step, as do runs that cut
-            texts across processes.
+        end_weight: share of the weight that the last half native window of a true length has on
+            top, where most can go wrong; 0.5 at depth ``dynamics``, else 0. Where weights are
+            frozen tokens beyond the native window alone are scored, whose distances are new.
+        select_windows: long windows that choose between the start and six moments of a run of
+            frozen weights with windows of true lengths (`clex.selection`); 0 keeps the last step,
+            as do runs that cut texts across processes.
         shares: share of the windows from each source of a mixture (`clex.data.load_mixture`).
         long_factor: how much more often than by their size documents that fill a window are drawn.
         lora_rank: rank of the adapters.
@@ -143,6 +146,7 @@ class TrainConfig:
 
     depth: str = "dynamics"
     train_length: int | None = None
+    true_lengths: bool = _FROM_DEPTH
     steps: int = _FROM_DEPTH
     rate: float = _FROM_DEPTH
     dynamics_rate: float = _FROM_DEPTH
@@ -159,7 +163,7 @@ class TrainConfig:
     curriculum: float = 0.0
     margin: float = 0.03125
     span_margin: float = 0.0
-    end_weight: float = 0.5
+    end_weight: float = _FROM_DEPTH
     select_windows: int = _FROM_DEPTH
     shares: tuple[float, ...] = ()
     long_factor: float = 1.0
@@ -181,7 +185,9 @@ class TrainConfig:
             "warmup": 0.05,
             "batch_size": 1,
             "accumulation": 1,
+            "end_weight": 0.0,
             "select_windows": 0,
+            "true_lengths": self.depth == "dynamics" and self.train_length is None,
         }
         fallback |= _DEFAULTS[self.depth]
         for name, value in fallback.items():
@@ -235,6 +241,16 @@ class TrainConfig:
             )
         if self.train_length is not None and not 8 <= self.train_length <= 2**27:
             raise ConfigError(f"train_length = {self.train_length} is out of range (at least 8)")
+        if not isinstance(self.true_lengths, bool):
+            raise ConfigError(f"true_lengths must be true or false, not {self.true_lengths!r}")
+        if self.true_lengths and self.train_length is not None:
+            raise ConfigError(
+                f"give either a train length ({self.train_length}) or true lengths, not both"
+            )
+        if self.select_windows and self.depth != "dynamics":
+            raise ConfigError(
+                f"select_windows chooses between numbers of the dynamics, not at depth {self.depth}"
+            )
 
     @property
     def windows_per_step(self) -> int:
@@ -388,7 +404,7 @@ def check_plan(extension: ClexConfig, config: TrainConfig, tokens: datasets.Data
     """
     native = extension.native_length
     assert native is not None
-    length = config.train_length or (None if config.depth == "dynamics" else native)
+    length = None if config.true_lengths else config.train_length or native
     if length is not None and length > native * extension.max_scale:
         raise ConfigError(
             f"train length {length} is above max_scale * native_length ="
@@ -587,7 +603,8 @@ class ExtensionTrainer(Trainer):
         last, end = n - 1, 0
         if self.true_lengths:
             end = min(n - 1, max(1, native // 2))
-            last = max(n - native, end)
+            if self.config.depth == "dynamics":
+                last = max(n - native, end)
         share = self.config.end_weight if end else 0.0
         weights = torch.full((last,), (1 - share) / last, device=self.args.device)
         weights[last - end :] += share / max(end, 1)

@@ -68,6 +68,13 @@ def extend(
         int | None,
         typer.Option(help="Tokens of a window (lora, full); native window if not given."),
     ] = None,
+    true_lengths: Annotated[
+        bool | None,
+        typer.Option(
+            help="Windows of the true length of their scale, as at depth dynamics; for lora and"
+            " full they need the memory of the longest."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass.")] = None,
     accumulation: Annotated[
@@ -179,6 +186,7 @@ def extend(
     )
     chosen: dict[str, Any] = {
         "train_length": train_length,
+        "true_lengths": true_lengths,
         "steps": steps,
         "rate": rate,
         "dynamics_rate": dynamics_rate,

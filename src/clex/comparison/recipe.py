@@ -50,6 +50,7 @@ HARNESS = (
 EQUAL = (
     "depth",
     "train_length",
+    "true_lengths",
     "steps",
     "batch_size",
     "accumulation",
