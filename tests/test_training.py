@@ -183,7 +183,7 @@ def test_windows_of_true_lengths(
     monkeypatch.setattr(training, "at_scale", watch)
     monkeypatch.setattr(training.TokenLoss, "__call__", count)
     before = weights(make())
-    settings: dict[str, Any] = {"true_lengths": True, "native_share": 0.25, "steps": 8}
+    settings = {"true_lengths": True, "native_share": 0.25, "steps": 8, "end_weight": 0.3}
     after = weights(run(tmp_path, depth=depth, rate=1e-3, dynamics_rate=1e-3, **settings))
     assert all("scalings" in name for name in moved(before, after)) == (depth == "dynamics")
     assert any("scalings" in name for name in moved(before, after))
@@ -193,8 +193,8 @@ def test_windows_of_true_lengths(
         assert n == pytest.approx(tiny.NATIVE * (t * 1.03125 if t > 1 else 1), abs=1)
         scored = n - 1 if depth == "full" else max(n - tiny.NATIVE, tiny.NATIVE // 2)
         assert losses.shape == (1, scored)
-        if depth == "full":
-            assert record["loss"] == pytest.approx(losses.mean().item(), rel=1e-3)
+        expected = 0.7 * losses.mean() + 0.3 * losses[:, -tiny.NATIVE // 2 :].mean()
+        assert record["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,12 @@ def test_windows_of_true_lengths(
 def test_true_lengths_that_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         TrainConfig(**settings)
+
+
+def test_true_lengths_are_for_frozen_weights_if_nothing_is_said() -> None:
     assert TrainConfig().true_lengths and not TrainConfig(train_length=48).true_lengths
     assert not TrainConfig(depth="full").true_lengths
+    assert TrainConfig().end_weight == 0.5 and TrainConfig(depth="full").end_weight == 0
 
 
 @pytest.mark.parametrize("depth", ["dynamics", "full"])

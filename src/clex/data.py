@@ -326,8 +326,9 @@ class WindowPlan:
             can go wrong, need the most windows.
         power: above 1 larger scales are drawn more often, with a density that grows as
             (t - min_scale)^(power - 1).
-        margin: windows of true length are longer than their scale by this share. Without it the
-            mean loss buys a better middle with a collapse in the last few percent of the range.
+        margin: windows of true length above t = 1 are longer than their scale by this share.
+            Without it the mean loss buys a better middle with a collapse in the last few percent of
+            the range.
         native_share: share of items at t = 1, which teach (and keep) the short window.
         integer_scales: draw whole numbers in that range uniformly instead, as the released CLEX.
         rising: number of items, from the first, over which the largest scale rises to `max_scale`.

@@ -117,8 +117,8 @@ class TrainConfig:
         native_share: share of windows at t = 1 with plain positions.
         curriculum: share of the windows, from the first, over which the largest scale grows
             geometrically from 2 (or `min_scale`) to `max_scale`; 0 is off.
-        margin: how much longer windows of true lengths are than their scale says, so that the end
-            of the range is safe.
+        margin: how much longer windows of true lengths are than their scale says, for t above 1,
+            so that the end of the range is safe.
         span_margin: how much farther sampled positions reach than their scale says, for t above 1;
             the last positions of a range are drawn least often.
         end_weight: share of the weight that the last half native window of a true length has on
