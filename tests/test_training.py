@@ -227,7 +227,8 @@ def test_paper_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: st
 
     monkeypatch.setattr(training, "at_scale", watch)
     model = make(preset="paper")
-    run(tmp_path, model, depth=depth, rate=1e-3, train_length=48, steps=6, native_share=0.0)
+    sampler: dict[str, Any] = {"native_share": 0.0, "scale_power": 1.0, "span_margin": 0.0}
+    run(tmp_path, model, depth=depth, rate=1e-3, train_length=48, steps=6, **sampler)
     scales = [float(t) for t, _ in seen]
     assert len(scales) == 6
     assert set(scales) <= {1.0, 2.0, 3.0, 4.0}
@@ -266,7 +267,7 @@ def drawn_positions(
 
     def watch(name: str, n: int, t: Tensor, seeds: Tensor, native: int, most: float) -> Tensor:
         table = draw(name, n, t, seeds, native, most)
-        assert (name, most) == (positions, 4 * (1 + settings.get("span_margin", 0)))
+        assert (name, most) == (positions, 4 * (1 + settings.get("span_margin", 0.25)))
         rows.update(zip(seeds.tolist(), zip(t.tolist(), table, strict=True), strict=True))
         return table
 
@@ -295,7 +296,7 @@ def test_positions_do_not_depend_on_the_batching(
 
 
 def test_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {"steps": 8, "native_share": 0.0}
+    settings: dict[str, Any] = {"steps": 8, "native_share": 0.0, "span_margin": 0.0}
     rising = drawn_positions(tmp_path / "a", monkeypatch, "chunks", curriculum=0.75, **settings)
     steady = drawn_positions(tmp_path / "b", monkeypatch, "chunks", **settings)
     scales = [[rows[k][0] for k in sorted(rows)] for rows in (rising, steady)]
@@ -335,6 +336,17 @@ def test_larger_scales_more_often(power: float, mean: float) -> None:
     scales = [drawn.scale(i, seed=5) for i in range(2000)]
     assert min(scales) >= 1 and max(scales) <= 4
     assert sum(scales) / len(scales) == pytest.approx(mean, abs=0.01)
+
+
+@pytest.mark.parametrize("depth", ["dynamics", "lora", "full"])
+def test_where_weights_train_the_end_of_the_range_is_drawn_more_often(depth: str) -> None:
+    config, given = (
+        TrainConfig(depth=depth, **changes)
+        for changes in ({}, {"scale_power": 1.0, "span_margin": 0.0})
+    )
+    assert (given.scale_power, given.span_margin) == (1, 0)
+    wanted = (1, 0) if depth == "dynamics" else (2, 0.25)
+    assert (config.scale_power, config.span_margin) == wanted
 
 
 def test_curriculum_counts_the_items_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

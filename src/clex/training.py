@@ -84,8 +84,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "end_weight": 0.5,
         "select_windows": 6,
     },
-    "lora": {"steps": 200, "rate": 2e-4, "dynamics_rate": 2e-4, "native_share": 0.25},
-    "full": {"steps": 200, "rate": 2e-4, "dynamics_rate": 2e-4, "native_share": 0.25},
+}
+_DEFAULTS["lora"] = _DEFAULTS["full"] = {
+    "steps": 200,
+    "rate": 2e-4,
+    "dynamics_rate": 2e-4,
+    "native_share": 0.25,
+    "scale_power": 2.0,
+    "span_margin": 0.25,
 }
 _FROM_DEPTH: Any = None
 
@@ -106,7 +112,7 @@ class TrainConfig:
         min_scale, max_scale: range of the scales in training; from 1 to the extension's own
             `max_scale` if not given. A smaller range tests what the dynamics extrapolate.
         scale_power: above 1 larger scales are drawn more often, with a density that grows as
-            (t - min_scale)^(scale_power - 1); 1 is uniform.
+            (t - min_scale)^(scale_power - 1); 1 is uniform. 2 where weights train, else 1.
         batch_size: windows in a forward pass of one process.
         accumulation: forward passes of each process in a step.
         global_batch: windows in a step of all processes together. If it is given `accumulation`
@@ -120,7 +126,7 @@ class TrainConfig:
         margin: how much longer windows of true lengths are than their scale says, for t above 1,
             so that the end of the range is safe.
         span_margin: how much farther sampled positions reach than their scale says, for t above 1;
-            the last positions of a range are drawn least often.
+            the last positions of a range are drawn least often. 0.25 where weights train.
         end_weight: share of the weight that the last half native window of a true length has on
             top, where most can go wrong; 0.5 at depth ``dynamics``, else 0. Where weights are
             frozen tokens beyond the native window alone are scored, whose distances are new.
@@ -152,7 +158,7 @@ class TrainConfig:
     dynamics_rate: float = _FROM_DEPTH
     min_scale: float = 1.0
     max_scale: float | None = None
-    scale_power: float = 1.0
+    scale_power: float = _FROM_DEPTH
     batch_size: int = _FROM_DEPTH
     accumulation: int = _FROM_DEPTH
     global_batch: int | None = None
@@ -162,7 +168,7 @@ class TrainConfig:
     native_share: float = _FROM_DEPTH
     curriculum: float = 0.0
     margin: float = 0.03125
-    span_margin: float = 0.0
+    span_margin: float = _FROM_DEPTH
     end_weight: float = _FROM_DEPTH
     select_windows: int = _FROM_DEPTH
     shares: tuple[float, ...] = ()
@@ -187,6 +193,8 @@ class TrainConfig:
             "accumulation": 1,
             "end_weight": 0.0,
             "select_windows": 0,
+            "scale_power": 1.0,
+            "span_margin": 0.0,
             "true_lengths": self.depth == "dynamics" and self.train_length is None,
         }
         fallback |= _DEFAULTS[self.depth]

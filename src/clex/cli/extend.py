@@ -98,11 +98,17 @@ def extend(
         list[str] | None, typer.Option(help="clip, resonance or p_rope, on top of the method.")
     ] = None,
     scale_power: Annotated[
-        float, typer.Option(help="Above 1: large scales are drawn more often in training.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Above 1: large scales are drawn more often in training. 2 for lora and full."
+        ),
+    ] = None,
     span_margin: Annotated[
-        float, typer.Option(help="For lora and full: how much farther positions reach than t says.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="For lora and full: how much farther positions reach than t says; 0.25."
+        ),
+    ] = None,
     curriculum: Annotated[
         float, typer.Option(help="Share of the training over which the largest scale grows.")
     ] = 0.0,
@@ -193,13 +199,13 @@ def extend(
         "batch_size": batch_size,
         "accumulation": accumulation,
         "native_share": native_share,
+        "scale_power": scale_power,
+        "span_margin": span_margin,
         "select_windows": select_windows,
     }
     training = TrainConfig(
         **{name: value for name, value in chosen.items() if value is not None},
         depth=train.value,
-        scale_power=scale_power,
-        span_margin=span_margin,
         curriculum=curriculum,
         global_batch=global_batch,
         long_factor=long_factor,
