@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import clex
 import tiny
@@ -81,6 +83,62 @@ def test_block_size_changes_nothing(block: int) -> None:
     ids = tiny.make_ids(2, LENGTH)
     expected = reference("llama", ids).logits
     torch.testing.assert_close(tiny.logits(make(), ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 127, 128, 129, 500])
+def test_blocks_of_the_kernel(length: int) -> None:
+    """Blocks and cells that FlexAttention sees against those that PyTorch finds cell by cell."""
+    mask = alibi.causal_blocks(length, torch.device("cpu"))
+    wanted = create_block_mask(
+        lambda row, head, q, k: q >= k, None, None, length, length, device="cpu"
+    )
+    assert mask.shape == wanted.shape
+    for part in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, part), getattr(wanted, part)), part
+        indices = part.replace("num_blocks", "indices")
+        ours, theirs = getattr(mask, indices)[0, 0], getattr(wanted, indices)[0, 0]
+        for i, count in enumerate(getattr(mask, part)[0, 0].tolist()):
+            assert set(ours[i, :count].tolist()) == set(theirs[i, :count].tolist()), (indices, i)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the kernel of a CPU needs a compiler")
+def test_the_kernel_on_a_cpu() -> None:
+    """What a GPU computes, by the kernel that PyTorch makes for CPUs: 6 heads, two key groups."""
+    n, heads = 150, 6
+    query, key, value = (torch.randn(1, h, n, 16) for h in (heads, 2, 2))
+    found = alibi._in_one_kernel(
+        query, key, value, alibi.causal_blocks(n, torch.device("cpu")), 0.25
+    )
+    key, value = (x.double().repeat_interleave(3, dim=1) for x in (key, value))
+    places = torch.arange(n)
+    distance = (places[:, None] - places).double()
+    scores = query.double() @ key.mT * 0.25
+    scores -= torch.tensor(slopes(heads)).double()[:, None, None] * distance
+    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    expected = (weights @ value).transpose(1, 2).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_one_kernel_for_whole_texts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention against the blocks, which the tests here check: logits and gradients."""
+    ids = tiny.make_ids(1, 300).cuda()
+    results, calls = {}, []
+    kernel = alibi._in_one_kernel
+    monkeypatch.setattr(alibi, "_in_one_kernel", lambda *a: (calls.append(1), kernel(*a))[1])
+    for flex in (True, False):
+        if not flex:
+            monkeypatch.setattr(alibi, "causal_blocks", lambda *a: None)
+        model = make(family).cuda()
+        output = model(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results[flex] = output.logits.detach(), gradients
+        assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(results[True][0], results[False][0], rtol=1e-3, atol=1e-3)
+    for one, blocks in zip(results[True][1], results[False][1], strict=True):
+        torch.testing.assert_close(one, blocks, rtol=2e-2, atol=1e-4)
 
 
 def test_head_numbers_that_are_no_power_of_two() -> None:

@@ -105,9 +105,7 @@ def extend(
     ] = None,
     span_margin: Annotated[
         float | None,
-        typer.Option(
-            help="For lora and full: how much farther positions reach than t says; 0.25."
-        ),
+        typer.Option(help="For lora and full: how much farther positions reach than t says; 0.25."),
     ] = None,
     curriculum: Annotated[
         float, typer.Option(help="Share of the training over which the largest scale grows.")

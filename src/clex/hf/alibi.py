@@ -8,11 +8,13 @@ carries this name: configs may be shared between models, and another model must 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,6 +28,8 @@ NAME = "clex_alibi"
 # copies live at once (scores, bias, softmax). Blocks are made as small as that asks for.
 SCORES_AT_ONCE = 2**26
 QUERIES_AT_ONCE = 256
+# Queries and keys of a block of FlexAttention.
+BLOCK = 128
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -85,10 +89,11 @@ def alibi_mask(
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor | BlockMask | None:
     """The mask that `alibi_attention` gets, as small as it can be.
 
     Returns:
+        A `BlockMask`: a whole text without padding, on a GPU.
         ``None``: causal, the queries being the last of the keys. (B, kv_length) bool: the same, and
         false keys are padding. Everything else (packed documents, sliding windows, caches of fixed
         size): (B, 1, q_length, kv_length) bool, complete.
@@ -96,6 +101,9 @@ def alibi_mask(
     plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
     fits = attention_mask is None or attention_mask.shape[-1] == kv_length
     if plain and fits and q_offset + q_length == kv_length:
+        device = torch.device(kwargs.get("device", "cpu"))
+        if device.type == "cuda" and attention_mask is None and q_length == kv_length > 1:
+            return causal_blocks(q_length, device)
         return attention_mask
     kwargs["allow_is_causal_skip"] = False  # without a mask it would not be known what causal means
     mask: Tensor | None = sdpa_mask(
@@ -116,7 +124,7 @@ def alibi_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -126,6 +134,8 @@ def alibi_attention(
     Distances are counted in keys of the cache, which equals positions inside a document whatever
     the padding before it; only such distances are ever visible. Bias and softmax are float32
     whatever the model is: in bfloat16 distances above 256 would be rounded.
+
+    On a GPU whole texts without padding go through PyTorch's FlexAttention, one kernel for all.
 
     Args:
         module: attention module of the host; unused.
@@ -141,6 +151,10 @@ def alibi_attention(
     rows, heads, queries, size = query.shape
     groups, keys = key.shape[1], key.shape[2]
     scaling = size**-0.5 if scaling is None else scaling
+    if isinstance(attention_mask, BlockMask):
+        if dropout == 0:
+            return _in_one_kernel(query, key, value, attention_mask, scaling), None
+        attention_mask = None
     complete = attention_mask is not None and attention_mask.dim() == 4
     slopes = torch.tensor(alibi_slopes(heads), device=query.device).view(groups, -1, 1, 1)
     query = query.unflatten(1, (groups, -1))
@@ -161,6 +175,61 @@ def alibi_attention(
             part = _attend(*arguments, first, scaling, dropout)
         parts.append(part)
     return torch.cat(parts, dim=3).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _in_one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, causal: BlockMask, scaling: float
+) -> Tensor:
+    """What `alibi_attention` returns for whole texts."""
+    slopes = torch.tensor(alibi_slopes(query.shape[1]), device=query.device)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+
+    def biased(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score - slopes[head] * (q - k)
+
+    attended: Tensor = _flex()(
+        query,
+        key,
+        value,
+        score_mod=biased,
+        block_mask=causal,
+        scale=scaling,
+    )
+    return attended.transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _flex() -> Any:
+    # Not compiled, it would hold all scores at once.
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=4)
+def causal_blocks(length: int, device: torch.device) -> BlockMask:
+    """Which blocks of queries see which blocks of keys in a text of `length` tokens.
+
+    Written down, not found out by `create_block_mask`, which makes all ``length**2`` cells for it:
+    the blocks before the diagonal are full, those on it are masked cell by cell.
+    """
+
+    def seen(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return q >= k
+
+    count = -(-length // BLOCK)
+    places = torch.arange(count, dtype=torch.int32, device=device)
+    masked, full = torch.ones_like(places), places.clone()
+    diagonal = places[:, None].repeat(1, count)
+    if length % BLOCK:  # the last queries are fewer than a block, so none of their blocks is full
+        masked[-1], full[-1], diagonal[-1] = count, 0, places
+    return BlockMask.from_kv_blocks(
+        masked[None, None],
+        diagonal[None, None],
+        full[None, None],
+        places.repeat(count, 1)[None, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen,
+        seq_lengths=(length, length),
+    )
 
 
 def _attend(
