@@ -328,6 +328,21 @@ def test_two_stages(inputs: Path, tmp_path: Path) -> None:
     assert "384 + 192 = 576" in said.getvalue()
 
 
+def test_two_stages_with_an_adapter(inputs: Path, tmp_path: Path) -> None:
+    stages = STAGES[: STAGES.index("[methods.dynamics]")].replace(
+        'depth = "full"', 'depth = "lora"'
+    )
+    assert compare(inputs, tmp_path / "out", stages, only=["twin", "then-dynamics"]) == []
+    twin, after = (
+        load(tmp_path / f"out/runs/{name}/seed-0/model") for name in ("twin", "then-dynamics")
+    )
+    adapter = {k: v for k, v in twin.state_dict().items() if "lora_" in k}
+    assert any(v.any() for k, v in adapter.items() if "lora_B" in k)
+    assert all(torch.equal(after.state_dict()[k], v) for k, v in adapter.items())
+    assert not torch.equal(frequencies(after, 4), frequencies(twin, 4))
+    assert not list((tmp_path / "out/runs/then-dynamics").rglob("model.safetensors"))
+
+
 def test_dynamics_of_another_kind_are_no_start() -> None:
     text = STAGES + '[methods.ntk]\nmethod = "yarn"\nstart = "dynamics"\ndeviates = "x"\n'
     with pytest.raises(ConfigError, match=r"\[methods.ntk\] start = 'dynamics': depth 'dynamics'"):

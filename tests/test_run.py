@@ -29,7 +29,7 @@ from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_config
 from clex.hf.extend import config_of
 from clex.hf.models import load_base
 from clex.run import EvalConfig, run_extend
-from clex.training import TrainConfig
+from clex.training import TrainConfig, learned_parameters
 
 RESULTS = ("results.json", "results.csv", "perplexity.png")
 
@@ -332,11 +332,39 @@ def test_start_with_trained_weights(inputs: Inputs, call: Cli, tmp_path: Path) -
     assert rows["clex"]["ppl"] != rows["base"]["ppl"]
 
 
+@pytest.mark.parametrize("base", ["yarn", None])
+def test_start_with_an_adapter(inputs: Inputs, call: Cli, tmp_path: Path, base: str | None) -> None:
+    """The adapter goes along as it is, under dynamics that are fitted to it."""
+    twin, out = tmp_path / "twin", tmp_path / "out"
+    closed = {"method": "yarn", "set": None, "train": "lora", "rate": 1e-2, "rivals": ""}
+    assert call(*extend_arguments(inputs, twin, **closed))[0] == 0
+    given = {} if base is None else {"base": base}
+    code, said = call(*extend_arguments(inputs, out, start=twin, rivals="base", **given))
+    assert code == 0, said
+    assert ("base curve by loss on" in said) == (base is None)
+    before, after = clex.load(twin), clex.load(out)
+    theirs, ours = before.state_dict(), after.state_dict()
+    adapter = [key for key in theirs if "lora_B" in key]
+    assert adapter and all(theirs[key].any() for key in adapter)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if "lora_" in key)
+    assert config_of(after).method == "clex" and not (out / "model.safetensors").exists()
+    assert base is None or config_of(after).base == base
+    assert any(p.any() for p in learned_parameters(after))
+    # The row of the base is that of the model without the adapter, the last one has it.
+    ids = tiny.make_ids(1, 40)
+    assert torch.equal(tiny.logits(before, ids), tiny.logits(after, ids))
+    rows = {
+        r["method"]: r for r in read_rows(out) if (r["length"], r["protocol"]) == (64, "window")
+    }
+    assert rows["clex"]["ppl"] != rows["base"]["ppl"]
+
+
 def test_starts_that_are_refused(inputs: Inputs, call: Cli, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     assert call(*extend_arguments(inputs, adapter, train="lora", steps=1, rivals=""))[0] == 0
-    code, said = call(*extend_arguments(inputs, tmp_path / "out", start=adapter))
-    assert code == 2 and "has an adapter, from which no training can go on" in said
+    for depth in ("lora", "full"):
+        code, said = call(*extend_arguments(inputs, tmp_path / "out", start=adapter, train=depth))
+        assert code == 2 and f"cannot be trained on at depth '{depth}'" in said
     full = clex.extend(load_base(inputs.model), clex.ClexConfig(max_scale=4))
     clex.save(full, tmp_path / "full", base_model="another/model")
     code, said = call(*extend_arguments(inputs, tmp_path / "out", start=tmp_path / "full"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,8 +36,10 @@ from .evaluation.report import tables, write_report
 from .evaluation.scores import DOCUMENTS_FILE, Difference, ScoreLog, differences
 from .evaluation.token_bytes import token_bytes
 from .files import read_json, write_json
+from .hf.adapter import load_adapter
 from .hf.checkpoint import (
     CONFIG_FILE,
+    Weights,
     base_name,
     is_checkpoint,
     load,
@@ -44,6 +47,7 @@ from .hf.checkpoint import (
     read_about,
     require_loadable,
     require_whole,
+    result_folder,
 )
 from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
@@ -184,9 +188,10 @@ def run_extend(
         choose_start: try which closed form is the best base curve (`clex.start`) before dynamics
             are fitted on windows of their true lengths, instead of taking `clex.base`.
         field: column or key of the text.
-        start: a result to go on from, instead of a fresh extension of `model_name`: its weights,
-            where it holds all of them, and its extension. Where `clex` is another method, the
-            weights alone, under a fresh extension.
+        start: a result to go on from, instead of a fresh extension of `model_name`: its weights
+            or its adapter, where it holds such, and its extension. Where `clex` is another method,
+            the weights or the adapter alone, under a fresh extension. An adapter stays as it is,
+            so that the dynamics alone can be trained.
         overwrite: delete what an earlier run left in `out`.
         device: ``auto``, ``cpu``, ``cuda`` ...
         console: where progress and tables go.
@@ -243,7 +248,8 @@ def run_extend(
         _say_result(console, rows, out, load_config(out).native_length)
         return rows
     console.print(f"loading [bold]{model_name}[/bold]")
-    trained = start is not None and _holds_weights(start, model_name)
+    held: Weights = "none" if start is None else _weights_of(start, model_name, training)
+    trained = held == "full"
     source = start if start is not None and trained else model_name
     frozen = training.depth != "full" and place.type == "cuda" and training.precision != "fp32"
     # Weights that were trained are kept as they are: with the result they are saved again.
@@ -259,7 +265,7 @@ def run_extend(
     if start is not None:
         require_loadable(start, plain)
         before = load_config(start)
-        fresh = trained and before.method != clex.method
+        fresh = held != "none" and before.method != clex.method
         for name in () if fresh else ("method", "preset", "max_scale"):
             if getattr(before, name) != getattr(clex, name):
                 raise ConfigError(
@@ -301,7 +307,8 @@ def run_extend(
                 base = None
                 fitted = training.depth == "dynamics" and training.true_lengths
                 if choose_start and fitted and fresh and clex.method == "clex":
-                    base = choose_base(plain, tokens, clex, seed=training.seed, console=console)
+                    with _adapted(plain, start if held == "adapter" else None) as read:
+                        base = choose_base(read, tokens, clex, seed=training.seed, console=console)
             found = {"rows": [row.to_dict() for row in rows], "base": base}
             write_json(out / _BASELINE_FILE, found)
             return found
@@ -312,6 +319,8 @@ def run_extend(
             clex = clex.replace(base=before_training["base"])
         torch.manual_seed(training.seed)
         model = extend(plain, clex) if start is None or fresh else load(start, plain)
+        if start is not None and fresh and held == "adapter":
+            model = load_adapter(model, result_folder(start))
         model = train(
             model,
             tokens,
@@ -319,7 +328,7 @@ def run_extend(
             out,
             base_model=str(start) if trained and training.depth == "lora" else model_name,
             tokenizer=tokenizer,
-            weights="full" if trained and training.depth == "dynamics" else None,
+            weights=held if training.depth == "dynamics" else None,
             console=console,
         )
         if not main:
@@ -339,22 +348,38 @@ def run_extend(
     return rows
 
 
-def _holds_weights(start: str | Path, model_name: str) -> bool:
-    """Whether a result to go on from brings trained weights along.
+def _weights_of(start: str | Path, model_name: str, training: TrainConfig) -> Weights:
+    """What a result to go on from holds beside its extension.
 
     Raises:
         CheckpointError: it is damaged.
-        ConfigError: it was made from another model, or has an adapter.
+        ConfigError: it was made from another model, or has an adapter that cannot be trained.
     """
-    weights = read_about(start).get("weights", "none")
-    if weights == "adapter":
+    held: Weights = read_about(start).get("weights", "none")
+    if held == "adapter" and training.depth != "dynamics":
         raise ConfigError(
-            f"{start} has an adapter, from which no training can go on; start from a result of"
-            " depth 'dynamics' or 'full'"
+            f"{start} has an adapter, which cannot be trained on at depth {training.depth!r}; fit"
+            " its dynamics (depth 'dynamics'), or start from a result without an adapter"
         )
-    if weights == "full" and base_name(start) != model_name:
+    if held != "none" and base_name(start) != model_name:
         raise ConfigError(f"{start} was trained from {base_name(start)!r}, not {model_name!r}")
-    return bool(weights == "full")
+    return held
+
+
+@contextlib.contextmanager
+def _adapted(plain: nn.Module, start: str | Path | None) -> Iterator[nn.Module]:
+    """The model with the adapter of `start`, where there is one; plain again afterwards."""
+    if start is None:
+        yield plain
+        return
+    with warnings.catch_warnings():
+        # It leaves out the layers of an extension, which a plain model has not.
+        warnings.filterwarnings("ignore", "You have passed exclude_modules")
+        adapted: Any = load_adapter(plain, result_folder(start))
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
 
 
 def _require_same_batch(out: Path, windows: int) -> None:

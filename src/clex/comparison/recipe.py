@@ -443,7 +443,7 @@ def _check_links(methods: list[Method], budget: Mapping[str, Any]) -> None:
                     " weights as they are; use train = false"
                 )
             ours, theirs = method.clex.method, seen[other].clex.method
-            if key == "start" and ours != theirs and DEPTHS[depth] != "full":
+            if key == "start" and ours != theirs and DEPTHS[depth] == "none":
                 raise ConfigError(
                     f"[methods.{method.name}] start = {other!r}: depth {depth!r} leaves no weights"
                     f" to go on from, and its dynamics are those of {theirs!r}, not of {ours!r}"
