@@ -193,7 +193,7 @@ def test_the_quick_recipe() -> None:
 def test_the_shipped_recipes() -> None:
     """All can be read, and two stages together get the tokens of one."""
     recipes = {path.stem: read_recipe(path) for path in QUICK.parent.glob("*.toml")}
-    assert len(recipes) == 10
+    assert len(recipes) == 11
     for name, native in (("smollm2-core", 8192), ("smollm2-main", 8192), ("tiny-core", 256)):
         recipe = recipes[name]
         whole, short = (recipe.training(recipe.method(m), 0) for m in ("twin", "twin-short"))
