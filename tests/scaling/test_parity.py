@@ -78,6 +78,30 @@ def test_dynamic_ntk(shape: Shape, spec: RopeSpec, t: float, factor: float) -> N
     compare(ours("dynamic_ntk", spec, t, {"factor": factor}), expected)
 
 
+@pytest.mark.parametrize("exponent", [0.7, 1.5])
+@pytest.mark.parametrize("t", SCALES)
+def test_dynamic_ntk_with_an_exponent(
+    shape: Shape, spec: RopeSpec, t: float, exponent: float
+) -> None:
+    """It is transformers' formula at the length whose alpha is t**exponent."""
+    expected = references.ntk(shape, t**exponent)
+    found = ours("dynamic_ntk", spec, t, {"exponent": exponent})[0].double().numpy()
+    assert_close(found, expected, TOLERANCE)
+
+
+def test_an_exponent_for_the_critical_dimension(spec: RopeSpec) -> None:
+    """Dimensions below one turn in the native window turn no farther in a longer one."""
+    turns = spec.turns()
+    slow = turns < 1
+    assert slow.any() and turns[0] > 1
+    critical = (turns[0].log() / (turns[0] / turns[-1]).log()).item()  # slope at one turn
+    for exponent, safe in ((1 / critical, True), (0.8 / critical, False)):
+        for t in SCALES:
+            scaled = ours("dynamic_ntk", spec, t, {"exponent": exponent})[0]
+            farthest = t * scaled[slow] / spec.inv_freq[slow]
+            assert bool((farthest <= 1 + TOLERANCE).all()) == safe
+
+
 @pytest.mark.parametrize("options", [{}, {"truncate": False}, {"beta_fast": 8.0, "beta_slow": 2.0}])
 @pytest.mark.parametrize("t", SCALES)
 def test_yarn(shape: Shape, spec: RopeSpec, t: float, options: dict[str, Any]) -> None:

@@ -14,26 +14,39 @@ from .base import Scaling, register_scaling
 
 @dataclass(frozen=True)
 class DynamicNtkOptions:
-    """`factor` s in alpha = s t - (s - 1); 2 is the curve that CLEX starts from."""
+    """`factor` s in alpha = s t - (s - 1); 2 is the curve that CLEX starts from.
+
+    `exponent` p, where given, in alpha = t**p in its place: a line falls behind at large t.
+    """
 
     factor: float = 2.0
+    exponent: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.factor < math.inf:
             raise ConfigError(f"dynamic_ntk factor must be at least 1, not {self.factor}")
+        if self.exponent is not None and not 0 < self.exponent < math.inf:
+            raise ConfigError(f"dynamic_ntk exponent must be above 0, not {self.exponent}")
+        if self.exponent is not None and self.factor != 2:
+            raise ConfigError(
+                f"dynamic_ntk takes a factor ({self.factor}) or an exponent ({self.exponent}),"
+                " not both"
+            )
 
 
 @register_scaling("dynamic_ntk")
 class DynamicNtk(Scaling):
     """NTK-aware: the base grows with the length, the fastest dimension stays.
 
-    f_i * alpha**(-slope_i) with alpha = s t - (s - 1).
+    f_i * alpha**(-slope_i) with alpha = s t - (s - 1), or alpha = t**p.
 
     The fastest frequency stays, the slowest is divided by alpha. With s = 2 this is the drift of
-    the released CLEX, alpha = 2 t - 1.
+    the released CLEX, alpha = 2 t - 1. A dimension that turns once in the native window, at slope
+    c, is divided by t where p = 1/c, and then no slower one meets an angle that it never saw: the
+    critical dimension of Liu et al.
     """
 
-    source = "bloc97 and emozilla 2023; transformers 'dynamic'"
+    source = "bloc97 and emozilla 2023; transformers 'dynamic'; exponent: arXiv 2310.05209"
     Options = DynamicNtkOptions
     slope: Tensor
 
@@ -42,9 +55,12 @@ class DynamicNtk(Scaling):
         self.register_buffer("slope", spec.slope().float(), persistent=False)
 
     def ratio(self, t: Tensor) -> Tensor:
-        factor = self.options.factor
-        return torch.exp(-self.slope * (factor * t - (factor - 1)).log()[:, None])
+        factor, exponent = self.options.factor, self.options.exponent
+        log_alpha = (factor * t - (factor - 1)).log() if exponent is None else exponent * t.log()
+        return torch.exp(-self.slope * log_alpha[:, None])
 
     def rate(self, t: Tensor) -> Tensor:
-        factor = self.options.factor
+        factor, exponent = self.options.factor, self.options.exponent
+        if exponent is not None:
+            return self.slope * torch.full_like(t, exponent)[:, None]
         return self.slope * (factor * t / (factor * t - (factor - 1)))[:, None]
