@@ -132,14 +132,22 @@ def test_temperature_in_training_is_a_setting(case: tuple[str, str]) -> None:
 
 def test_rate_is_the_derivative(case: tuple[str, str]) -> None:
     scaling: Any = in_double(make(case))
-    # Away from the given scales of longrope, where its curve has corners.
-    t = torch.tensor([1.2, 1.7, 3.3, 6.1, 13.0], dtype=torch.float64)
     try:
-        rate = scaling.rate(t)
+        scaling.rate(torch.ones(1, dtype=torch.float64))
     except ConfigError as error:
         assert case[0] in str(error) and "cannot be the base" in str(error)
         return
-    h = 1e-5
+    check_rate(scaling)
+
+
+def test_rate_with_an_exponent() -> None:
+    check_rate(in_double(make(("dynamic_ntk", "default"), options={"exponent": 1.4})))
+
+
+def check_rate(scaling: Any) -> None:
+    # Away from the given scales of longrope, where its curve has corners.
+    t = torch.tensor([1.2, 1.7, 3.3, 6.1, 13.0], dtype=torch.float64)
+    rate, h = scaling.rate(t), 1e-5
     difference = (scaling.ratio(t * (1 - h)).log() - scaling.ratio(t * (1 + h)).log()) / (2 * h)
     # Central difference in log t: h**2 and rounding 1e-16 / h.
     worst = (rate.expand_as(difference) - difference).abs()
