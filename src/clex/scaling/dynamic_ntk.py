@@ -16,7 +16,8 @@ from .base import Scaling, register_scaling
 class DynamicNtkOptions:
     """`factor` s in alpha = s t - (s - 1); 2 is the curve that CLEX starts from.
 
-    `exponent` p, where given, in alpha = t**p in its place: a line falls behind at large t.
+    `exponent` p, where given, takes its place: alpha = t**p, but no frequency is divided by more
+    than t. A line falls behind at large t.
     """
 
     factor: float = 2.0
@@ -38,12 +39,12 @@ class DynamicNtkOptions:
 class DynamicNtk(Scaling):
     """NTK-aware: the base grows with the length, the fastest dimension stays.
 
-    f_i * alpha**(-slope_i) with alpha = s t - (s - 1), or alpha = t**p.
+    f_i * alpha**(-slope_i) with alpha = s t - (s - 1), or f_i * t**(-min(p slope_i, 1)).
 
     The fastest frequency stays, the slowest is divided by alpha. With s = 2 this is the drift of
-    the released CLEX, alpha = 2 t - 1. A dimension that turns once in the native window, at slope
-    c, is divided by t where p = 1/c, and then no slower one meets an angle that it never saw: the
-    critical dimension of Liu et al.
+    the released CLEX, alpha = 2 t - 1. With an exponent p dimensions from slope 1/p on are divided
+    by t, as in PI. If a dimension there turns once in the native window, no slower one meets an
+    angle that it never saw: the critical dimension of Liu et al.
     """
 
     source = "bloc97 and emozilla 2023; transformers 'dynamic'; exponent: arXiv 2310.05209"
@@ -56,11 +57,12 @@ class DynamicNtk(Scaling):
 
     def ratio(self, t: Tensor) -> Tensor:
         factor, exponent = self.options.factor, self.options.exponent
-        log_alpha = (factor * t - (factor - 1)).log() if exponent is None else exponent * t.log()
-        return torch.exp(-self.slope * log_alpha[:, None])
+        if exponent is not None:
+            return torch.exp(-(exponent * self.slope).clamp(max=1) * t.log()[:, None])
+        return torch.exp(-self.slope * (factor * t - (factor - 1)).log()[:, None])
 
     def rate(self, t: Tensor) -> Tensor:
         factor, exponent = self.options.factor, self.options.exponent
         if exponent is not None:
-            return self.slope * torch.full_like(t, exponent)[:, None]
+            return (exponent * self.slope).clamp(max=1) * torch.ones_like(t)[:, None]
         return self.slope * (factor * t / (factor * t - (factor - 1)))[:, None]
