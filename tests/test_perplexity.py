@@ -456,6 +456,30 @@ def test_evaluator_of_another_vocabulary(
     assert all(0 < row.tokens < 800 for row in rows)
 
 
+def test_native_evaluator(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the plain model, never beyond its window, whatever model is measured."""
+    monkeypatch.setattr(longppl, "GAIN", 0.01)
+    monkeypatch.setattr(longppl, "MOST_LOSS", 9.0)
+    evaluation = EvalConfig(
+        lengths=(96, 256), protocols=("longppl",), truncation=24, evaluator="native"
+    )
+    reads: list[int] = []
+    find = longppl.find_key_tokens
+
+    def spy(read: Any, ids: Any, truncation: int, window: int | None = None) -> Any:
+        def noted(text: Any, last: int) -> Any:
+            assert not read.extended
+            reads.append(len(text))
+            return read(text, last)
+
+        return find(noted, ids, truncation, window)
+
+    monkeypatch.setattr(longppl, "find_key_tokens", spy)
+    rows = job("out", evaluation=evaluation)
+    assert max(reads) <= 64 < 256
+    assert {row.length for row in rows} == {96, 256}
+
+
 def test_nothing_needs_a_long_context(job: Any) -> None:
     """Random text to a random model: no token is a key token."""
     evaluation = EvalConfig(lengths=(96, 256), protocols=("longppl",), truncation=24)

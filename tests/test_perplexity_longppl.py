@@ -17,8 +17,8 @@ from torch import Tensor
 import clex
 import tiny
 from clex.config import ClexConfig
-from clex.errors import CheckpointError
-from clex.evaluation.longppl import Evaluator, find_key_tokens, key_tokens_of, short_losses
+from clex.errors import CheckpointError, ConfigError
+from clex.evaluation.longppl import Evaluator, find_key_tokens, key_tokens_of, local_losses
 from clex.evaluation.perplexity import PerplexityPlan, Reader, evaluate_methods
 
 TRUNCATION = 32
@@ -75,10 +75,33 @@ def test_key_tokens(evaluator: Any, tokens: datasets.Dataset) -> None:
     ids = torch.tensor(tokens[0]["input_ids"])
     wanted, keys = naive(evaluator, ids)
     read = Reader(evaluator)
-    ours = short_losses(read, ids, TRUNCATION)
+    ours = local_losses(read, ids, TRUNCATION)
     assert np.abs(ours.numpy() - wanted).max() < TOLERANCE
     assert find_key_tokens(read, ids, TRUNCATION).tolist() == keys
     assert 5 < len(keys) < LENGTH - TRUNCATION - 5
+
+
+def test_key_tokens_of_a_short_window(evaluator: Any, tokens: datasets.Dataset) -> None:
+    """Token by token: the long context is never longer than the window, and differs from all."""
+    ids, window = torch.tensor(tokens[0]["input_ids"]), 80
+    context, step = 64, 16
+    short, keys = naive(evaluator, ids)[0], []
+    for p in range(TRUNCATION, LENGTH):
+        start = max(0, (p - context) // step * step)
+        long = losses(evaluator, ids[start : p + 1])[-1]
+        assert p - start < window and (start == 0 or p - start >= context)
+        if short[p - TRUNCATION] - long > 2 and long < 2:
+            keys.append(p)
+    read = Reader(evaluator)
+    found = find_key_tokens(read, ids, TRUNCATION, window).tolist()
+    assert found == keys
+    everything = find_key_tokens(read, ids, TRUNCATION)
+    assert found != everything.tolist()
+    assert find_key_tokens(read, ids, TRUNCATION, LENGTH).equal(everything)
+    kept = key_tokens_of(Evaluator(evaluator, window=window), tokens, PLAN)
+    assert kept[0, 0].tolist() == keys
+    with pytest.raises(ConfigError, match=r"truncation 32 .* reads 40 tokens \(valid: 2 to 31\)"):
+        find_key_tokens(read, ids, TRUNCATION, 40)
 
 
 def test_longppl_of_another_model(evaluator: Any, tokens: datasets.Dataset) -> None:

@@ -57,6 +57,8 @@ from .start import choose_base
 from .training import TrainConfig, check_plan, learned_parameters, train
 
 _BASELINE_FILE = "baseline.json"
+# Name of the evaluator that is not extended, so that it favours no extension.
+NATIVE_EVALUATOR = "native"
 # Multiplications and additions that two CPU cores do in about three minutes.
 _CPU_BUDGET = 1e13
 
@@ -75,8 +77,9 @@ class EvalConfig:
         sliding: windows of protocol ``sliding``; L and the longest length if not given.
         stride: tokens by which they move.
         sliding_tokens: most tokens of a document for them; all if not given.
-        evaluator: model that finds the key tokens of protocol ``longppl``; the extended model
-            itself, or a plain one under YaRN, if not given.
+        evaluator: model that finds the key tokens of protocol ``longppl``, or ``native``, see
+            `long_context_evaluator`; the extended model itself, or a plain one under YaRN, if not
+            given.
         truncation: tokens of its short context; L/2 if not given.
     """
 
@@ -527,14 +530,18 @@ def long_context_evaluator(
     """The model that finds the key tokens of LongPPL, for the length of a block.
 
     Args:
-        name: a plain model or a result of ``clex extend``; if not given, the extended model, or
-            else the plain one.
+        name: a plain model or a result of ``clex extend``, or ``native``, the judged models' plain
+            one inside its own window; if not given, the extended model, or else the plain one.
         extended, plain: the judged models.
         config: their extension.
         tokenizer: of the judged models. The evaluator may have another one.
     """
     if name is None and extended is not None:
         yield Evaluator(extended)
+        return
+    if name == NATIVE_EVALUATOR:
+        with as_method(plain, None) as judge:
+            yield Evaluator(judge, window=config.native_length)
         return
     aligner, reach = None, config.max_scale
     if name is not None:

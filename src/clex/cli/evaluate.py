@@ -32,7 +32,10 @@ def eval_ppl(
     ] = None,
     evaluator: Annotated[
         str | None,
-        typer.Option(help="Model that finds the key tokens of longppl; the measured one."),
+        typer.Option(
+            help="Model that finds the key tokens of longppl, or native: the plain one inside its"
+            " own window; the measured one by default."
+        ),
     ] = None,
     truncation: Annotated[
         int | None, typer.Option(help="Short context of longppl; half the native window.")

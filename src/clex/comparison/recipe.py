@@ -89,8 +89,8 @@ class Evaluation:
         windows: most windows of each document.
         protocols: some of ``window``, ``target``, ``position``, ``longppl``, ``sliding``.
         bands, sliding, stride, sliding_tokens, truncation: of the last three.
-        evaluator: model that finds the key tokens of LongPPL, the same for all methods; the plain
-            model with YaRN if not given.
+        evaluator: model that finds the key tokens of LongPPL, the same for all methods, or
+            ``native``: the plain model inside its own window; with YaRN if not given.
     """
 
     lengths: tuple[int, ...] | None = None

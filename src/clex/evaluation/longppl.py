@@ -9,6 +9,10 @@ tokens, in full context.
 The paper has K = 4,096. Here K is half the native window unless it is set, so that the short
 context is always one that the evaluator was trained on; for a window of 8,192 the two agree.
 
+An evaluator that is itself extended favours models that read like it. The plain model inside its
+own window (`Evaluator.window`) favours none: its long context is the last 0.8 to 1 native windows,
+so its key tokens need more than K tokens but never more than the native window.
+
 An evaluator with a tokenizer of its own reads the same text in its own tokens; a token of the
 judged models is a key token where it shares a byte with one of the evaluator's.
 """
@@ -25,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files import read_json, write_json
 from .alignment import Aligner
 from .perplexity import PerplexityPlan, Reader, select_documents
@@ -42,45 +46,63 @@ class Evaluator:
     Attributes:
         model: plain or extended.
         aligner: where its tokenizer is not that of the judged models.
+        window: most tokens that it reads at a time; all of a text if not given.
     """
 
     model: nn.Module
     aligner: Aligner | None = None
+    window: int | None = None
 
 
-def short_losses(read: Reader, ids: Tensor, truncation: int) -> Tensor:
-    """Losses from a short context.
+def local_losses(read: Reader, ids: Tensor, context: int) -> Tensor:
+    """Losses from the context that is close.
 
     Args:
         read: reader of the evaluator.
-        ids: (N,), N above `truncation`.
-        truncation: K, tokens of context at least.
+        ids: (N,), N above `context`.
+        context: K, tokens of context at least.
 
     Returns:
         float64 (N - K,): losses of the tokens K, K + 1 ... Token p sees the tokens from the last
         multiple of K / 4 that is at least K before it.
     """
-    step = max(1, truncation // 4)
+    step = max(1, context // 4)
     parts = []
-    for start in range(0, len(ids) - truncation, step):
-        text = ids[start : start + truncation + step]
-        parts.append(read(text, len(text) - truncation).nll)
+    for start in range(0, len(ids) - context, step):
+        text = ids[start : start + context + step]
+        parts.append(read(text, len(text) - context).nll)
     return torch.cat(parts)
 
 
-def find_key_tokens(read: Reader, ids: Tensor, truncation: int) -> Tensor:
+def find_key_tokens(
+    read: Reader, ids: Tensor, truncation: int, window: int | None = None
+) -> Tensor:
     """Positions of the key tokens of a text.
 
     Args:
         read: reader of the evaluator.
         ids: (N,), N above `truncation`.
         truncation: K.
+        window: most tokens that the evaluator reads at a time; all if not given.
 
     Returns:
         int64, ascending, each at least K.
+
+    Raises:
+        ConfigError: four fifths of `window` are not more than `truncation`.
     """
-    long = read(ids, len(ids) - truncation).nll
-    short = short_losses(read, ids, truncation)
+    if window is None or len(ids) <= window:
+        long = read(ids, len(ids) - truncation).nll
+    else:
+        context = window * 4 // 5
+        if truncation >= context:
+            raise ConfigError(
+                f"truncation {truncation} is no short context for an evaluator that reads {window}"
+                f" tokens (valid: 2 to {context - 1})"
+            )
+        first = read(ids[:context], context - truncation).nll
+        long = torch.cat([first, local_losses(read, ids, context)])
+    short = local_losses(read, ids, truncation)
     return ((short - long > GAIN) & (long < MOST_LOSS)).nonzero()[:, 0] + truncation
 
 
@@ -116,7 +138,7 @@ def key_tokens_of(
     read = Reader(evaluator.model)
     for number in track(missing, "finding key tokens", console=console or Console(stderr=True)):
         ids = tokens[number]["input_ids"]
-        for k, keys in enumerate(_document(read, evaluator.aligner, ids, plan)):
+        for k, keys in enumerate(_document(read, evaluator, ids, plan)):
             found[number, k] = keys
         if file is not None:
             write_json(
@@ -131,21 +153,21 @@ def key_tokens_of(
 
 
 def _document(
-    read: Reader, aligner: Aligner | None, ids: list[int], plan: PerplexityPlan
+    read: Reader, evaluator: Evaluator, ids: list[int], plan: PerplexityPlan
 ) -> Iterator[Tensor]:
     """Key tokens of each window of a document."""
     cuts, own = list(plan.cuts(len(ids))), torch.tensor(ids, dtype=torch.int64)
-    if aligner is None:
+    if evaluator.aligner is None:
         for start, stop in cuts:
-            yield find_key_tokens(read, own[start:stop], plan.truncation)
+            yield find_key_tokens(read, own[start:stop], plan.truncation, evaluator.window)
         return
-    text = aligner(ids)
+    text = evaluator.aligner(ids)
     for start, stop in cuts:
         first, last = text.inside(start, stop)
         if last - first <= plan.truncation:
             yield torch.zeros(0, dtype=torch.int64)
             continue
-        keys = find_key_tokens(read, text.ids[first:last], plan.truncation)
+        keys = find_key_tokens(read, text.ids[first:last], plan.truncation, evaluator.window)
         yield text.own_tokens(first + keys) - start
 
 
