@@ -82,6 +82,14 @@ def _half(shape: Shape) -> int:
     return shape.rotary_dim // 2
 
 
+def critical_ntk(shape: Shape, t: float) -> Vector:
+    """NTK at the power of t that divides the dimension with one turn by t; no slower one by more."""
+    f = ntk(shape, 1.0)
+    d = shape.rotary_dim
+    slope = math.log(shape.native_length / (2 * math.pi)) / (math.log(shape.theta) * (d - 2) / d)
+    return np.maximum(ntk(shape, t ** (1 / slope)), f / t)
+
+
 def ntk(shape: Shape, alpha: float) -> Vector:
     """NTK-aware: base b * alpha**(d/(d-2))."""
     d = shape.rotary_dim

@@ -11,7 +11,7 @@ from clex.errors import ClexError, ConfigError
 
 def test_default_preset() -> None:
     config = ClexConfig()
-    assert (config.method, config.field, config.base) == ("clex", "modulated", "dynamic_ntk")
+    assert (config.method, config.field, config.base) == ("clex", "modulated", "critical_ntk")
     assert (config.grid, config.positions, config.temperature) == (
         "quarter_octave",
         "chunks",

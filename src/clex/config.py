@@ -58,7 +58,7 @@ _DYNAMICS: dict[str, dict[str, Any]] = {
     # Our formulation: the field modulates the compression rate of a base curve, in log t.
     "default": {
         "field": "modulated",
-        "base": "dynamic_ntk",
+        "base": "critical_ntk",
         "width": 0.5,
         "activation": "tanh",
         "per_layer": "none",

@@ -1,7 +1,7 @@
 """Which closed form is the best start for the dynamics of a model: tried, not guessed.
 
 No closed form is the best for every model: with the weights untouched, at 8 times the window, YaRN
-is ahead of dynamic NTK on one model and far behind it on another (docs/log.md). A few windows of
+is ahead of NTK on one model and far behind it on another (docs/log.md). A few windows of
 training text decide it before anything is fitted.
 """
 
@@ -18,7 +18,7 @@ from .evaluation.perplexity import as_method
 from .hf.extend import at_scale, config_of
 from .hf.loss import TokenLoss
 
-CANDIDATES = ("dynamic_ntk", "yarn")
+CANDIDATES = ("critical_ntk", "yarn")
 _WINDOWS = 6
 
 

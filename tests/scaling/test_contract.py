@@ -140,10 +140,6 @@ def test_rate_is_the_derivative(case: tuple[str, str]) -> None:
     check_rate(scaling)
 
 
-def test_rate_with_an_exponent() -> None:
-    check_rate(in_double(make(("dynamic_ntk", "default"), options={"exponent": 1.4})))
-
-
 def check_rate(scaling: Any) -> None:
     # Away from the given scales of longrope, where its curve has corners.
     t = torch.tensor([1.2, 1.7, 3.3, 6.1, 13.0], dtype=torch.float64)
@@ -197,9 +193,10 @@ def test_unknown_options_and_methods() -> None:
         ("yarn", {"beta_fast": 1.0, "beta_slow": 32.0}),
         ("dynamic_ntk", {"factor": 0.5}),
         ("dynamic_ntk", {"factor": "two"}),
-        ("dynamic_ntk", {"exponent": 0.0}),
-        ("dynamic_ntk", {"exponent": "two"}),
-        ("dynamic_ntk", {"exponent": 1.5, "factor": 3.0}),
+        ("critical_ntk", {"turns": 0.0}),
+        ("critical_ntk", {"turns": "two"}),
+        ("critical_ntk", {"exponent": -1.0}),
+        ("critical_ntk", {"exponent": 1.5, "turns": 2.0}),
         ("ntk", {"factor": 0.0}),
         ("ntk", {"factor": float("nan")}),
         ("abf", {"rope_theta": 1e4}),

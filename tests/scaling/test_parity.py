@@ -1,5 +1,6 @@
 """Frequencies and attention factors against transformers, and against slow references."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -80,26 +81,38 @@ def test_dynamic_ntk(shape: Shape, spec: RopeSpec, t: float, factor: float) -> N
 
 @pytest.mark.parametrize("exponent", [0.7, 1.5])
 @pytest.mark.parametrize("t", SCALES)
-def test_dynamic_ntk_with_an_exponent(
+def test_critical_ntk_with_an_exponent(
     shape: Shape, spec: RopeSpec, t: float, exponent: float
 ) -> None:
     """NTK at alpha = t**exponent, by transformers' formula, but no lower than f / t."""
     ntk, f = (references.ntk(shape, alpha) for alpha in (t**exponent, 1.0))
-    found = ours("dynamic_ntk", spec, t, {"exponent": exponent})[0].double().numpy()
+    found = ours("critical_ntk", spec, t, {"exponent": exponent})[0].double().numpy()
     assert_close(found, np.maximum(ntk, f / t), TOLERANCE)
 
 
-def test_an_exponent_for_the_critical_dimension(spec: RopeSpec) -> None:
-    """Dimensions below one turn in the native window turn no farther in a longer one."""
-    turns = spec.turns()
-    slow = turns < 1
-    assert slow.any() and turns[0] > 1
-    critical = (turns[0].log() / (turns[0] / turns[-1]).log()).item()  # slope at one turn
-    for exponent, safe in ((1 / critical, True), (0.8 / critical, False)):
-        for t in SCALES:
-            scaled = ours("dynamic_ntk", spec, t, {"exponent": exponent})[0]
-            farthest = t * scaled[slow] / spec.inv_freq[slow]
-            assert bool((farthest <= 1 + TOLERANCE).all()) == safe
+@pytest.mark.parametrize("turns", [0.5, 1.0, 3.0])
+def test_critical_ntk(spec: RopeSpec, turns: float) -> None:
+    """Dimensions with fewer turns meet no new angle; the next faster one does, at every t."""
+    slow = spec.turns() < turns
+    assert slow.any() and not slow.all()
+    for t in [t for t in SCALES if t > 1]:
+        scaled = ours("critical_ntk", spec, t, {"turns": turns})[0]
+        farthest = t * scaled / spec.inv_freq
+        assert (farthest[slow] - 1).abs().max() < 1e-5, "divided by t, neither more nor less"
+        assert (farthest[~slow] > 1 + 1e-4).all(), "faster ones less"
+        assert scaled[0] == spec.inv_freq[0], "and the fastest not at all"
+
+
+def test_critical_ntk_where_nothing_is_critical(spec: RopeSpec) -> None:
+    """Every dimension turns: the slowest alone is divided by t, as in NTK with alpha = t."""
+    long = dataclasses.replace(spec, native_length=2**40)
+    for t in SCALES:
+        found = ours("critical_ntk", long, t)[0]
+        assert_close(found, ours("ntk", long, t, {"factor": t})[0].double().numpy(), 1e-6)
+    # A window in which no dimension turns: all but the fastest as in PI.
+    short = dataclasses.replace(spec, native_length=1)
+    found = ours("critical_ntk", short, 4.0)[0] / spec.inv_freq
+    assert found[0] == 1 and (found[1:] * 4 - 1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("options", [{}, {"truncate": False}, {"beta_fast": 8.0, "beta_slow": 2.0}])
@@ -151,6 +164,7 @@ def test_references(shape: Shape, spec: RopeSpec, t: float) -> None:
         ("ntk", 5.0): references.ntk(shape, 5.0),
         ("ntk", None): references.ntk(shape, 64.0),
         ("dynamic_ntk", None): references.ntk(shape, 2 * t - 1),
+        ("critical_ntk", None): references.critical_ntk(shape, t),
         ("yarn", None): references.yarn(shape, t),
         ("llama3", None): references.llama3(shape, t),
     }
