@@ -83,7 +83,7 @@ def _half(shape: Shape) -> int:
 
 
 def critical_ntk(shape: Shape, t: float) -> Vector:
-    """NTK at the power of t that divides the dimension with one turn by t; no slower one by more."""
+    """NTK that divides the dimension with one turn by t, and no slower one by more than that."""
     f = ntk(shape, 1.0)
     d = shape.rotary_dim
     slope = math.log(shape.native_length / (2 * math.pi)) / (math.log(shape.theta) * (d - 2) / d)

@@ -29,6 +29,7 @@ from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_config
 from clex.hf.extend import config_of
 from clex.hf.models import load_base
 from clex.run import EvalConfig, run_extend
+from clex.start import CANDIDATES
 from clex.training import TrainConfig
 
 RESULTS = ("results.json", "results.csv", "perplexity.png")
@@ -315,8 +316,9 @@ def test_start_with_trained_weights(inputs: Inputs, call: Cli, tmp_path: Path) -
     twin, out = tmp_path / "twin", tmp_path / "out"
     closed = {"method": "yarn", "set": None, "train": "full", "rivals": ""}
     assert call(*extend_arguments(inputs, twin, **closed))[0] == 0
-    arguments = extend_arguments(inputs, out, start=twin, rivals="base", base="yarn")
-    assert call(*arguments)[0] == 0
+    arguments = extend_arguments(inputs, out, start=twin, rivals="base")
+    code, said = call(*arguments)
+    assert code == 0 and "base curve by loss on" not in said, said
     trained, plain, again = clex.load(twin), load_base(inputs.model), clex.load(out)
     key = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(again.state_dict()[key], trained.state_dict()[key])
@@ -332,23 +334,34 @@ def test_start_with_trained_weights(inputs: Inputs, call: Cli, tmp_path: Path) -
     assert rows["clex"]["ppl"] != rows["base"]["ppl"]
 
 
-@pytest.mark.parametrize("base", ["yarn", None])
-def test_start_with_an_adapter(inputs: Inputs, call: Cli, tmp_path: Path, base: str | None) -> None:
-    """The adapter goes along as it is, under dynamics that are fitted to it."""
+@pytest.mark.parametrize(
+    ("method", "base"), [("yarn", None), ("yarn", "linear"), ("none", None), ("none", "yarn")]
+)
+def test_start_with_an_adapter(
+    inputs: Inputs, call: Cli, tmp_path: Path, method: str, base: str | None
+) -> None:
+    """The adapter goes along as it is, under dynamics that are fitted to it.
+
+    They begin at the curve that the adapter has learned under, where it has one.
+    """
     twin, out = tmp_path / "twin", tmp_path / "out"
-    closed = {"method": "yarn", "set": None, "train": "lora", "rate": 1e-2, "rivals": ""}
-    assert call(*extend_arguments(inputs, twin, **closed))[0] == 0
+    options = [] if method == "none" else ["--set", 'options={"beta_fast": 16.0}']
+    closed = {"method": method, "set": None, "train": "lora", "rate": 1e-2, "rivals": ""}
+    assert call(*extend_arguments(inputs, twin, **closed), *options)[0] == 0
     given = {} if base is None else {"base": base}
     code, said = call(*extend_arguments(inputs, out, start=twin, rivals="base", **given))
     assert code == 0, said
-    assert ("base curve by loss on" in said) == (base is None)
+    assert ("base curve by loss on" in said) == (method == "none" and base is None)
     before, after = clex.load(twin), clex.load(out)
     theirs, ours = before.state_dict(), after.state_dict()
     adapter = [key for key in theirs if "lora_B" in key]
     assert adapter and all(theirs[key].any() for key in adapter)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs if "lora_" in key)
     assert config_of(after).method == "clex" and not (out / "model.safetensors").exists()
-    assert base is None or config_of(after).base == base
+    curves = [base] if base else ["yarn"] if method == "yarn" else CANDIDATES
+    assert config_of(after).base in curves
+    inherited = method == "yarn" and base is None
+    assert config_of(after).options == ({"beta_fast": 16.0} if inherited else {})
     untrained = clex.extend(load_base(inputs.model), config_of(after))
     assert not torch.equal(clex.frequencies(after, 4), clex.frequencies(untrained, 4))
     # The row of the base is that of the model without the adapter, the last one has it.
@@ -370,6 +383,11 @@ def test_starts_that_are_refused(inputs: Inputs, call: Cli, tmp_path: Path) -> N
     clex.save(full, tmp_path / "full", base_model="another/model")
     code, said = call(*extend_arguments(inputs, tmp_path / "out", start=tmp_path / "full"))
     assert code == 2 and "was trained from 'another/model'" in said
+    dynamics = clex.extend(load_base(inputs.model), clex.ClexConfig(max_scale=4))
+    clex.save(dynamics, tmp_path / "dynamics", weights="none", base_model=str(inputs.model))
+    given = {"start": tmp_path / "dynamics", "per_layer": "curve", "set": None}
+    code, said = call(*extend_arguments(inputs, tmp_path / "out", **given))
+    assert code == 2 and "has per_layer none, not curve" in said
 
 
 def test_trained_method_beside_itself(inputs: Inputs, call: Cli, tmp_path: Path) -> None:

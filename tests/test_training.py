@@ -213,6 +213,18 @@ def test_true_lengths_that_are_refused(settings: dict[str, Any], says: str) -> N
 def test_true_lengths_are_for_frozen_weights_if_nothing_is_said() -> None:
     assert TrainConfig().true_lengths and not TrainConfig(train_length=48).true_lengths
     assert not TrainConfig(depth="full").true_lengths
+
+
+@pytest.mark.parametrize("depth", ["lora", "full"])
+def test_true_lengths_are_the_end_of_a_training(depth: str) -> None:
+    """Few steps at low rates for the weights, and the rate of a fit for the dynamics."""
+    last, first = TrainConfig(depth=depth, true_lengths=True), TrainConfig(depth=depth)
+    assert (last.steps, last.windows_per_step, last.rate) == (2, 2, 3e-5)
+    assert last.dynamics_rate == TrainConfig().dynamics_rate == 3e-3
+    assert (last.end_weight, first.end_weight) == (0.3, 0.0)
+    assert first.steps > 50 * last.steps and first.rate > 5 * last.rate
+    assert (last.scale_power, last.native_share) == (first.scale_power, first.native_share)
+    assert TrainConfig(depth=depth, true_lengths=True, steps=9, rate=1e-4).steps == 9
     assert TrainConfig().end_weight == 0.5 and TrainConfig(depth="full").end_weight == 0
 
 

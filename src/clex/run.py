@@ -53,6 +53,7 @@ from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .measured import load_measured, own_name, training_free
 from .run_folder import RUN_FILE, claimed, holds_run
+from .scaling import Scaling, get_scaling
 from .start import choose_base
 from .training import TrainConfig, check_plan, learned_parameters, train
 
@@ -188,8 +189,9 @@ def run_extend(
         training: how it is trained.
         evaluation: how it is measured.
         eval_data: held-out text; a tenth of the documents of `data` is held out if not given.
-        choose_start: try which closed form is the best base curve (`clex.start`) before dynamics
-            are fitted on windows of their true lengths, instead of taking `clex.base`.
+        choose_start: instead of taking `clex.base`, go on with the closed form that `start` was
+            trained under, or else try which one is the best base curve (`clex.start`) before
+            dynamics are fitted on windows of their true lengths.
         field: column or key of the text.
         start: a result to go on from, instead of a fresh extension of `model_name`: its weights
             or its adapter, where it holds such, and its extension. Where `clex` is another method,
@@ -269,11 +271,17 @@ def run_extend(
         require_loadable(start, plain)
         before = load_config(start)
         fresh = held != "none" and before.method != clex.method
-        for name in () if fresh else ("method", "preset", "max_scale"):
+        asked = ["method", "preset", "max_scale"]
+        asked += ["per_layer"] if clex.per_layer != "none" else []
+        for name in [] if fresh else asked:
             if getattr(before, name) != getattr(clex, name):
                 raise ConfigError(
                     f"{start} has {name} {getattr(before, name)}, not {getattr(clex, name)}"
                 )
+        if fresh and choose_start and clex.method == "clex" and _can_be_base(before.method):
+            # The weights have learned under that curve.
+            clex = clex.replace(base=before.method, options=before.options)
+            choose_start = False
         clex = clex if fresh else before
     elif clex.method == "clex" and clex.fitted_scale is None and training.max_scale is not None:
         clex = clex.replace(fitted_scale=training.max_scale)
@@ -367,6 +375,11 @@ def _weights_of(start: str | Path, model_name: str, training: TrainConfig) -> We
     if held != "none" and base_name(start) != model_name:
         raise ConfigError(f"{start} was trained from {base_name(start)!r}, not {model_name!r}")
     return held
+
+
+def _can_be_base(method: str) -> bool:
+    """Whether dynamics can start from a closed form; `none` is one of no length in particular."""
+    return method != "none" and get_scaling(method).rate is not Scaling.rate
 
 
 @contextlib.contextmanager

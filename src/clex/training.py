@@ -93,6 +93,15 @@ _DEFAULTS["lora"] = _DEFAULTS["full"] = {
     "scale_power": 2.0,
     "span_margin": 0.25,
 }
+# Where weights train on windows of true lengths, a few of them are the end of a training on sampled
+# positions: what a run of 100 steps was measured with.
+_TRUE_LENGTHS: dict[str, Any] = {
+    "steps": 2,
+    "accumulation": 2,
+    "rate": 3e-5,
+    "dynamics_rate": 3e-3,
+    "end_weight": 0.3,
+}
 _FROM_DEPTH: Any = None
 
 
@@ -105,7 +114,8 @@ class TrainConfig:
         train_length: tokens of a window, with sampled positions; the native length if not given.
         true_lengths: windows have the true length of their scale, up to `max_scale` times the
             native one, and no sampled positions; so it is at depth ``dynamics`` without a
-            `train_length`. With weights that train it needs the memory of the longest window.
+            `train_length`. With weights that train it needs the memory of the longest window, and
+            rates and steps are by default those of the end of a training on sampled positions.
         steps: optimiser steps.
         rate: learning rate of weights or adapters.
         dynamics_rate: learning rate of the extension.
@@ -128,7 +138,7 @@ class TrainConfig:
         span_margin: how much farther sampled positions reach than their scale says, for t above 1;
             the last positions of a range are drawn least often. 0.25 where weights train.
         end_weight: share of the weight that the last half native window of a true length has on
-            top, where most can go wrong; 0.5 at depth ``dynamics``, else 0. Where weights are
+            top, where most can go wrong; 0.5 at depth ``dynamics``, else 0.3. Where weights are
             frozen tokens beyond the native window alone are scored, whose distances are new.
         select_windows: long windows that choose between the start and six moments of a run of
             frozen weights with windows of true lengths (`clex.selection`); 0 keeps the last step,
@@ -198,6 +208,8 @@ class TrainConfig:
             "true_lengths": self.depth == "dynamics" and self.train_length is None,
         }
         fallback |= _DEFAULTS[self.depth]
+        if self.true_lengths and self.depth != "dynamics":
+            fallback |= _TRUE_LENGTHS
         for name, value in fallback.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -71,8 +71,9 @@ def extend(
     true_lengths: Annotated[
         bool | None,
         typer.Option(
-            help="Windows of the true length of their scale, as at depth dynamics; for lora and"
-            " full they need the memory of the longest."
+            help="Windows of the true length of their scale, as at depth dynamics. For lora and"
+            " full they are the end of a training, with --start: four windows by default, which"
+            " need the memory of the longest."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
