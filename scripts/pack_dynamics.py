@@ -3,8 +3,7 @@
     python scripts/pack_dynamics.py COMPARISON --method clex --text "what it was fitted on" \\
         --out src/clex/assets/smollm2-dynamics
 
-COMPARISON is a folder of `clex compare recipes/frozen.toml`; its numbers make the card. Dynamics
-are packed for the scales that they were fitted on. The name of the folder has to stand in
+COMPARISON is a folder of `clex compare recipes/frozen.toml`; its numbers make the card. The name of the folder has to stand in
 `clex.hf.checkpoint.READY_MADE`, and that of its model in a form that any user has: a hub id, or a
 name of `clex.hf.models.BUNDLED`.
 """
@@ -53,8 +52,6 @@ def pack(comparison: Path, method: str, seed: int, text: str, out: Path) -> None
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS_FILE, out / WEIGHTS_FILE)
     config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-    about = next(m for m in results["methods"] if m["name"] == method)
-    config["clex"]["max_scale"] = about["training"]["max_scale"] or config["clex"]["max_scale"]
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     versions = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))["versions"]
     card = _card(out, results, method, model, f"{text}; fitted on {versions['device']}")
@@ -70,6 +67,7 @@ def _card(folder: Path, results: dict[str, Any], method: str, model: str, text: 
         if c["method"] in (*SHOWN, method)
     }
     assert config.native_length is not None
+    fitted = config.fitted_scale or config.max_scale
     longest = round(config.native_length * config.max_scale)
     windows = about["training"]["steps"] * about["training"]["global_batch"]
     lengths = sorted({length for _, length, _ in cells if length <= longest})
@@ -97,8 +95,8 @@ of the model is changed, and inside its own window its logits are bit-equal to i
 
     model = clex.load("{folder.name}")
 
-- Method: `{config.method}` on `{config.base}`, temperature `{config.temperature}`, up to t =
-  {config.max_scale:g}; each layer has of its own: {config.per_layer}
+- Method: `{config.method}` on `{config.base}`, temperature `{config.temperature}`, fitted up
+  to t = {fitted:g}, where its learned part stays; each layer has of its own: {config.per_layer}
 - Fitted on {about["tokens"]:,} tokens in {windows} windows of their true lengths, in
   {about["train_seconds"]:.0f} s
 - Text: {text}
