@@ -112,7 +112,7 @@ def test_a_plain_model(plain: Path, tmp_path: Path, call: Cli) -> None:
         }
     ]
     assert found["scales"] == [1, 2, 4]
-    assert [c["method"] for c in found["curves"]] == ["linear", "yarn", "dynamic_ntk"]
+    assert [c["method"] for c in found["curves"]] == ["linear", "yarn", "critical_ntk"]
     for curves in found["curves"]:
         model = clex.extend(
             clex.hf.models.load_base(plain), clex.ClexConfig(method=curves["method"], max_scale=4)

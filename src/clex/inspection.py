@@ -85,7 +85,7 @@ class Inspection:
 
 def inspect_model(
     name: str | Path,
-    methods: Sequence[str] = ("linear", "yarn", "dynamic_ntk"),
+    methods: Sequence[str] = ("linear", "yarn", "critical_ntk"),
     *,
     scale: float | None = None,
     native_length: int | None = None,

@@ -25,7 +25,7 @@ def methods(
 def inspect(
     model: Annotated[str, typer.Argument(help="A plain model, or a result of clex extend.")],
     out: Annotated[Path, typer.Option(help="Folder for inspect.json and inspect.png.")],
-    methods: Annotated[str, typer.Option(help="Methods to compare.")] = "linear,yarn,dynamic_ntk",
+    methods: Annotated[str, typer.Option(help="Methods to compare.")] = "linear,yarn,critical_ntk",
     scale: Annotated[
         float | None, typer.Option(help="Largest scale; 8, or that of the result.")
     ] = None,
