@@ -3,9 +3,9 @@
     python scripts/pack_dynamics.py COMPARISON --method clex --text "what it was fitted on" \\
         --out src/clex/assets/smollm2-dynamics
 
-COMPARISON is a folder of `clex compare recipes/frozen.toml`; its numbers make the card. The name of the folder has to stand in
-`clex.hf.checkpoint.READY_MADE`, and that of its model in a form that any user has: a hub id, or a
-name of `clex.hf.models.BUNDLED`.
+COMPARISON is a folder of `clex compare recipes/frozen.toml`; its numbers make the card. The name of
+the folder has to stand in `clex.hf.checkpoint.READY_MADE`, and that of its model in a form that any
+user has: a hub id, or a name of `clex.hf.models.BUNDLED`.
 """
 
 from __future__ import annotations
