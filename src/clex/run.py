@@ -280,7 +280,7 @@ def run_extend(
                 )
         if fresh and choose_start and clex.method == "clex" and _can_be_base(before.method):
             # The weights have learned under that curve.
-            clex = clex.replace(base=before.method, options=before.options)
+            clex = clex.replace(base=before.method, options=clex.options or before.options)
             choose_start = False
         clex = clex if fresh else before
     elif clex.method == "clex" and clex.fitted_scale is None and training.max_scale is not None:

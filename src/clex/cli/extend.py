@@ -52,7 +52,11 @@ def extend(
     method: Annotated[str, typer.Option(help="Scaling method, see clex methods.")] = "clex",
     preset: Annotated[Preset, typer.Option(help="Formulation.")] = Preset.default,
     base: Annotated[
-        str, typer.Option(help="Closed form to start from; auto tries which one is best.")
+        str,
+        typer.Option(
+            help="Closed form to start from; auto goes on with that of --start, or tries which one"
+            " is best."
+        ),
     ] = "auto",
     per_layer: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""NTK-aware scaling as strong as the dimensions that a model has seen in part only need it."""
+"""NTK-aware scaling that divides what turns once or less in the native window by t."""
 
 import math
 from dataclasses import dataclass
