@@ -30,6 +30,7 @@ from clex.comparison.statistics import Losses, level
 from clex.config import ClexConfig
 from clex.data import load_tokens
 from clex.errors import ConfigError, OutputError, TrainingError
+from clex.evaluation import longppl
 from clex.evaluation.perplexity import PerplexityPlan, as_method, evaluate_methods
 from clex.hf.checkpoint import load
 from clex.hf.extend import config_of, extend, frequencies
@@ -267,6 +268,32 @@ def test_equal_tokens_in_equal_order(finished: Path) -> None:
     methods = {m["name"]: m for m in results(finished)["methods"]}
     assert methods["plain"]["tokens"] == methods["chunks"]["tokens"] == 3 * 2 * 64
     assert methods["free"]["tokens"] == methods["plain-yarn"]["tokens"] == 0
+
+
+def test_one_native_judge_for_all_methods(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key tokens are those of the plain model in windows of 64 tokens, found once."""
+    monkeypatch.setattr(longppl, "GAIN", 0.01)
+    monkeypatch.setattr(longppl, "MOST_LOSS", 9.0)
+    windows: list[int | None] = []
+    find = longppl.find_key_tokens
+
+    def spy(read: Any, ids: Any, truncation: int, window: int | None = None) -> Any:
+        assert not read.extended and len(ids) > 64 == window
+        windows.append(window)
+        return find(read, ids, truncation, window)
+
+    monkeypatch.setattr(longppl, "find_key_tokens", spy)
+    text = RECIPE[: RECIPE.index("[evaluation.passkey]")] + (
+        'protocols = ["longppl"]\nevaluator = "native"\ntruncation = 16\n'
+        '[methods.free]\ntrain = false\nmethod = "yarn"\n'
+    )
+    assert compare(inputs, tmp_path / "out", text) == []
+    assert len(windows) == 5
+    base, free = (cell(results(tmp_path / "out"), m, "longppl", 256) for m in ("base", "free"))
+    assert base["tokens"] == free["tokens"] > 0
+    assert base["ppl"] != free["ppl"]
 
 
 STAGES = (
