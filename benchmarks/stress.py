@@ -53,7 +53,7 @@ def stress(depth: str, preset: str, steps: int, seed: int, folder: Path) -> dict
         depth=depth,
         steps=steps,
         rate=_FACTOR * plain.rate,
-        dynamics_rate=_FACTOR * plain.dynamics_rate,
+        dynamics_rate=_FACTOR * (plain.dynamics_rate or 2e-4),
         precision="bf16",
         save_every=steps,
         seed=seed,

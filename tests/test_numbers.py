@@ -199,7 +199,7 @@ def test_training_at_ten_times_the_rate(tmp_path: Path, depth: str) -> None:
         depth=depth,
         steps=30,
         rate=10 * plain.rate,
-        dynamics_rate=10 * plain.dynamics_rate,
+        dynamics_rate=10 * (plain.dynamics_rate or 2e-4),
         precision="bf16",
         save_every=30,
     )

@@ -87,7 +87,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 def test_what_moves(tmp_path: Path, depth: str, family: str) -> None:
     model = make(family)
     before = weights(model)
-    trained = run(tmp_path, model, depth=depth, rate=1e-3)
+    trained = run(tmp_path, model, depth=depth, rate=1e-3, dynamics_rate=1e-3)
     after = weights(trained)
     ours = {name for name in before if ".scalings." in name}
     changed = moved(before, after)
@@ -105,6 +105,20 @@ def test_what_moves(tmp_path: Path, depth: str, family: str) -> None:
     loaded = clex.load(tmp_path, tiny.make_model(family) if depth != "full" else None)
     assert torch.equal(tiny.logits(loaded, ids), tiny.logits(trained, ids))
     assert not trained.training
+
+
+@pytest.mark.parametrize("depth", ["lora", "full"])
+@pytest.mark.parametrize("true_lengths", [False, True])
+def test_dynamics_learn_from_windows_of_true_lengths(
+    tmp_path: Path, depth: str, true_lengths: bool
+) -> None:
+    """On sampled positions they are held where nothing is said; weights move in both."""
+    model = make()
+    before = weights(model)
+    changed = moved(before, weights(run(tmp_path, model, depth=depth, true_lengths=true_lengths)))
+    ours = {name for name in before if ".scalings." in name}
+    assert ours and changed & ours == (ours if true_lengths else set())
+    assert bool(changed - ours) == (depth == "full")
 
 
 @pytest.mark.parametrize("depth", ["lora", "full"])
@@ -240,6 +254,7 @@ def test_paper_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: st
     monkeypatch.setattr(training, "at_scale", watch)
     model = make(preset="paper")
     sampler: dict[str, Any] = {"native_share": 0.0, "scale_power": 1.0, "span_margin": 0.0}
+    sampler["dynamics_rate"] = training.PAPER_DYNAMICS_RATE
     run(tmp_path, model, depth=depth, rate=1e-3, train_length=48, steps=6, **sampler)
     scales = [float(t) for t, _ in seen]
     assert len(scales) == 6
@@ -405,6 +420,7 @@ def test_killed_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: str
 ) -> None:
     settings: dict[str, Any] = {"depth": depth, "rate": 1e-3, "steps": 4, "save_every": 2}
+    settings["dynamics_rate"] = 1e-3
 
     whole = run(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch, pytest.raises(Killed):
