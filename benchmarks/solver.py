@@ -39,7 +39,7 @@ def make(preset: str, std: float, head_dim: int = 128) -> Clex:
     index = torch.arange(0, head_dim, 2, dtype=torch.float32)
     spec = RopeSpec(1.0 / (10_000.0 ** (index / head_dim)), 4096, 10_000.0)
     torch.manual_seed(0)
-    scaling = Clex(spec, ClexConfig(preset=preset, max_scale=64))
+    scaling = Clex(spec, ClexConfig(preset=preset, base="dynamic_ntk", max_scale=64))
     last: Any = scaling.field.outer if preset == "default" else scaling.field.down
     torch.nn.init.normal_(last.weight, std=std)
     return scaling

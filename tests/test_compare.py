@@ -35,6 +35,8 @@ from clex.evaluation.perplexity import PerplexityPlan, as_method, evaluate_metho
 from clex.hf.checkpoint import load
 from clex.hf.extend import config_of, extend, frequencies
 from clex.hf.models import load_base, load_tokenizer
+from clex.scaling import get_scaling
+from clex.scaling.base import parse_options
 
 QUICK = Path(__file__).parent.parent / "recipes" / "quick.toml"
 
@@ -195,6 +197,13 @@ def test_the_shipped_recipes() -> None:
     """All can be read, and two stages together get the tokens of one."""
     recipes = {path.stem: read_recipe(path) for path in QUICK.parent.glob("*.toml")}
     assert len(recipes) == 11
+    results = QUICK.parent.parent / "benchmarks" / "results"
+    measured = {path.stem: read_recipe(path) for path in results.glob("*.toml")}
+    assert len(measured) > 5
+    for name, recipe in [*recipes.items(), *measured.items()]:
+        for method in recipe.methods:
+            form = method.clex.base if method.clex.method == "clex" else method.clex.method
+            assert parse_options(form, get_scaling(form).Options, method.clex.options), name
     for name, native, part, then in (
         ("smollm2-core", 8192, "twin-most", "twin-then-layers"),
         ("smollm2-main", 8192, "twin-most", "twin-then-layers"),

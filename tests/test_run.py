@@ -304,16 +304,14 @@ def test_other_depths(inputs: Inputs, call: Cli, tmp_path: Path, depth: str) -> 
     assert {r["method"] for r in read_rows(measured)} == {"base", "yarn", "clex"}
 
 
-@pytest.mark.parametrize(("preset", "rate"), [("default", 0.0), ("paper", 1e-4)])
+@pytest.mark.parametrize("preset", ["default", "paper"])
 def test_who_learns_on_sampled_positions(
-    inputs: Inputs, call: Cli, tmp_path: Path, preset: str, rate: float
+    inputs: Inputs, call: Cli, tmp_path: Path, preset: str
 ) -> None:
     """The dynamics as released do, ours do not."""
     given = {"set": None, "train": "full", "rivals": "", "preset": preset}
     code, said = call(*extend_arguments(inputs, tmp_path / "out", **given))
     assert code == 0, said
-    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
-    assert settings["training"]["dynamics_rate"] == rate
     trained = clex.load(tmp_path / "out")
     start = clex.extend(load_base(inputs.model), config_of(trained))
     same = torch.equal(clex.frequencies(trained, 4), clex.frequencies(start, 4))

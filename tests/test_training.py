@@ -227,6 +227,7 @@ def test_true_lengths_that_are_refused(settings: dict[str, Any], says: str) -> N
 def test_true_lengths_are_for_frozen_weights_if_nothing_is_said() -> None:
     assert TrainConfig().true_lengths and not TrainConfig(train_length=48).true_lengths
     assert not TrainConfig(depth="full").true_lengths
+    assert TrainConfig().end_weight == 0.5 and TrainConfig(depth="full").end_weight == 0
 
 
 @pytest.mark.parametrize("depth", ["lora", "full"])
@@ -239,7 +240,6 @@ def test_true_lengths_are_the_end_of_a_training(depth: str) -> None:
     assert first.steps > 50 * last.steps and first.rate > 5 * last.rate
     assert (last.scale_power, last.native_share) == (first.scale_power, first.native_share)
     assert TrainConfig(depth=depth, true_lengths=True, steps=9, rate=1e-4).steps == 9
-    assert TrainConfig().end_weight == 0.5 and TrainConfig(depth="full").end_weight == 0
 
 
 @pytest.mark.parametrize("depth", ["dynamics", "full"])
@@ -254,7 +254,6 @@ def test_paper_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: st
     monkeypatch.setattr(training, "at_scale", watch)
     model = make(preset="paper")
     sampler: dict[str, Any] = {"native_share": 0.0, "scale_power": 1.0, "span_margin": 0.0}
-    sampler["dynamics_rate"] = training.PAPER_DYNAMICS_RATE
     run(tmp_path, model, depth=depth, rate=1e-3, train_length=48, steps=6, **sampler)
     scales = [float(t) for t, _ in seen]
     assert len(scales) == 6

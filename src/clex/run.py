@@ -53,8 +53,7 @@ from .hf.extend import config_of, extend
 from .hf.models import load_base, load_tokenizer
 from .measured import load_measured, own_name, training_free
 from .run_folder import RUN_FILE, claimed, holds_run
-from .scaling import Scaling, get_scaling
-from .start import choose_base
+from .start import can_be_base, choose_base
 from .training import TrainConfig, check_plan, learned_parameters, train
 
 _BASELINE_FILE = "baseline.json"
@@ -278,7 +277,7 @@ def run_extend(
                 raise ConfigError(
                     f"{start} has {name} {getattr(before, name)}, not {getattr(clex, name)}"
                 )
-        if fresh and choose_start and clex.method == "clex" and _can_be_base(before.method):
+        if fresh and choose_start and clex.method == "clex" and can_be_base(before.method):
             # The weights have learned under that curve.
             clex = clex.replace(base=before.method, options=clex.options or before.options)
             choose_start = False
@@ -375,11 +374,6 @@ def _weights_of(start: str | Path, model_name: str, training: TrainConfig) -> We
     if held != "none" and base_name(start) != model_name:
         raise ConfigError(f"{start} was trained from {base_name(start)!r}, not {model_name!r}")
     return held
-
-
-def _can_be_base(method: str) -> bool:
-    """Whether dynamics can start from a closed form; `none` is one of no length in particular."""
-    return method != "none" and get_scaling(method).rate is not Scaling.rate
 
 
 @contextlib.contextmanager
@@ -553,8 +547,7 @@ def long_context_evaluator(
         yield Evaluator(extended)
         return
     if name == NATIVE_EVALUATOR:
-        with as_method(plain, None) as judge:
-            yield Evaluator(judge, window=config.native_length)
+        yield Evaluator(plain, window=config.native_length)
         return
     aligner, reach = None, config.max_scale
     if name is not None:

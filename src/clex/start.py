@@ -17,9 +17,18 @@ from .data import WindowPlan, Windows, collate
 from .evaluation.perplexity import as_method
 from .hf.extend import at_scale, config_of
 from .hf.loss import TokenLoss
+from .scaling import Scaling, get_scaling
 
 CANDIDATES = ("critical_ntk", "yarn")
 _WINDOWS = 6
+
+
+def can_be_base(method: str) -> bool:
+    """Whether dynamics can go on from weights that were trained under `method`.
+
+    It has to be a closed form that follows the length and has a rate; ``none`` follows nothing.
+    """
+    return method != "none" and get_scaling(method).rate is not Scaling.rate
 
 
 @torch.no_grad()

@@ -94,8 +94,8 @@ def extend(
     dynamics_rate: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate of the dynamics: 3e-3 on windows of true lengths; 0, which holds"
-            " them, on sampled positions."
+            help="Learning rate of the dynamics: 3e-3 on windows of true lengths; on sampled"
+            " positions 0, which holds them, or 1e-4 with --preset paper."
         ),
     ] = None,
     positions: Annotated[
@@ -173,7 +173,7 @@ def extend(
     from ..config import ClexConfig
     from ..run import EvalConfig, run_extend
     from ..run_folder import RUN_FILE
-    from ..training import PAPER_DYNAMICS_RATE, TrainConfig
+    from ..training import TrainConfig
 
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other")
@@ -210,8 +210,6 @@ def extend(
         "span_margin": span_margin,
         "select_windows": select_windows,
     }
-    if preset is Preset.paper and train is not Depth.dynamics and dynamics_rate is None:
-        chosen["dynamics_rate"] = PAPER_DYNAMICS_RATE
     training = TrainConfig(
         **{name: value for name, value in chosen.items() if value is not None},
         depth=train.value,

@@ -65,9 +65,16 @@ class CriticalNtk(Scaling):
 
 
 def critical_slope(spec: RopeSpec, turns: float) -> float:
-    """Slope at which a dimension has `turns` turns in the native window, at most 1.
+    """Slope of the critical dimension (arXiv 2310.05209), between dimensions where it falls there.
 
-    1 where no dimension has so few: then the slowest is divided by t, as in NTK with alpha = t.
+    Args:
+        spec: of the model.
+        turns: full turns that it makes in the native window.
+
+    Returns:
+        Its share of the log range of `spec.inv_freq`, as `RopeSpec.slope`: above 0, at most 1. 1
+        where no dimension turns so little; then the slowest is divided by t, as in NTK with
+        alpha = t.
     """
     z = spec.log_inv_freq()[spec.rotates()].double()
     wanted = math.log(2 * math.pi * turns / spec.native_length)
