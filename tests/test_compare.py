@@ -204,14 +204,14 @@ def test_the_shipped_recipes() -> None:
         for method in recipe.methods:
             form = method.clex.base if method.clex.method == "clex" else method.clex.method
             assert parse_options(form, get_scaling(form).Options, method.clex.options), name
-    for name, native, part, then in (
-        ("smollm2-core", 8192, "twin-most", "twin-then-layers"),
-        ("smollm2-main", 8192, "twin-most", "twin-then-layers"),
-        ("tiny-core", 256, "twin-short", "twin-then-layers"),
+    for name, native, part in (
+        ("smollm2-core", 8192, "twin-most"),
+        ("smollm2-main", 8192, "twin-most"),
+        ("tiny-core", 256, "twin-short"),
     ):
         recipe = recipes[name]
         whole, first = (recipe.training(recipe.method(m), 0) for m in ("twin", part))
-        after = recipe.training(recipe.method(then), 0)
+        after = recipe.training(recipe.method("twin-then-layers"), 0)
         tokens = whole.steps * whole.windows_per_step * native
         # A share of the range drawn with a density that grows as (t - 1)^(power - 1).
         drawn = after.scale_power / (1 + after.scale_power)
@@ -222,6 +222,10 @@ def test_the_shipped_recipes() -> None:
         )
         if name != "smollm2-main":  # one curve for all layers gets the same
             assert recipe.training(recipe.method("twin-then-dynamics"), 0) == after
+        if name == "tiny-core":  # and the other order has the same parts
+            assert recipe.training(recipe.method("layers"), 0) == after
+            last = recipe.training(recipe.method("layers-then-weights"), 0)
+            assert last == replace(first, dynamics_rate=0)
     main, core = recipes["smollm2-main"], recipes["smollm2-core"]
     same = {m.name: m for m in core.methods}
     # Parts of one can be joined with parts of the other.
