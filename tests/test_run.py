@@ -25,7 +25,7 @@ import tiny
 from clex import cli
 from clex.errors import ConfigError, OutputError
 from clex.evaluation.perplexity import PerplexityPlan, evaluate_extended, evaluate_methods
-from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_config
+from clex.hf.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_config, read_about
 from clex.hf.extend import config_of
 from clex.hf.models import load_base
 from clex.run import EvalConfig, run_extend
@@ -387,12 +387,34 @@ def test_start_with_an_adapter(
     assert rows["clex"]["ppl"] != rows["base"]["ppl"]
 
 
+@pytest.mark.parametrize("rate", [0.0, 1e-2])
+def test_an_adapter_trained_on(inputs: Inputs, call: Cli, tmp_path: Path, rate: float) -> None:
+    """The last stage on windows of true lengths, with a curve for each layer beside the adapter."""
+    twin, out = tmp_path / "twin", tmp_path / "out"
+    closed = {"method": "yarn", "set": None, "train": "lora", "rate": 1e-2, "rivals": ""}
+    assert call(*extend_arguments(inputs, twin, **closed))[0] == 0
+    given = {"train": "lora", "rate": rate, "rivals": "", "set": None, "per_layer": "curve"}
+    code, said = call(*extend_arguments(inputs, out, start=twin, true_lengths=True, **given))
+    assert code == 0, said
+    before, after = clex.load(twin), clex.load(out)
+    theirs, ours = before.state_dict(), after.state_dict()
+    adapter = [key for key in theirs if "lora_" in key]
+    same = [torch.equal(ours[key], theirs[key]) for key in adapter]
+    assert adapter and (all(same) if rate == 0 else not any(same))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if "base_layer.weight" in k)
+    # The dynamics learn in both.
+    assert not torch.equal(clex.frequencies(after, 4), clex.frequencies(before, 4))
+    assert read_about(out)["base_model"] == read_about(twin)["base_model"]
+
+
 def test_starts_that_are_refused(inputs: Inputs, call: Cli, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     assert call(*extend_arguments(inputs, adapter, train="lora", steps=1, rivals=""))[0] == 0
-    for depth in ("lora", "full"):
-        code, said = call(*extend_arguments(inputs, tmp_path / "out", start=adapter, train=depth))
-        assert code == 2 and f"cannot be trained on at depth '{depth}'" in said
+    code, said = call(*extend_arguments(inputs, tmp_path / "out", start=adapter, train="full"))
+    assert code == 2 and "cannot be trained on at depth 'full'" in said
+    given = extend_arguments(inputs, tmp_path / "out", start=adapter, train="lora", lora_rank=4)
+    code, said = call(*given)
+    assert code == 2 and "has rank 16, not 4" in said
     full = clex.extend(load_base(inputs.model), clex.ClexConfig(max_scale=4))
     clex.save(full, tmp_path / "full", base_model="another/model")
     code, said = call(*extend_arguments(inputs, tmp_path / "out", start=tmp_path / "full"))

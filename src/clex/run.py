@@ -36,7 +36,7 @@ from .evaluation.report import tables, write_report
 from .evaluation.scores import DOCUMENTS_FILE, Difference, ScoreLog, differences
 from .evaluation.token_bytes import token_bytes
 from .files import read_json, write_json
-from .hf.adapter import load_adapter
+from .hf.adapter import ADAPTER_CONFIG, load_adapter
 from .hf.checkpoint import (
     CONFIG_FILE,
     Weights,
@@ -194,8 +194,8 @@ def run_extend(
         field: column or key of the text.
         start: a result to go on from, instead of a fresh extension of `model_name`: its weights
             or its adapter, where it holds such, and its extension. Where `clex` is another method,
-            the weights or the adapter alone, under a fresh extension. An adapter stays as it is,
-            so that the dynamics alone can be trained.
+            the weights or the adapter alone, under a fresh extension. An adapter is trained on
+            at depth ``lora`` and stays as it is at depth ``dynamics``.
         overwrite: delete what an earlier run left in `out`.
         device: ``auto``, ``cpu``, ``cuda`` ...
         console: where progress and tables go.
@@ -363,14 +363,21 @@ def _weights_of(start: str | Path, model_name: str, training: TrainConfig) -> We
 
     Raises:
         CheckpointError: it is damaged.
-        ConfigError: it was made from another model, or has an adapter that cannot be trained.
+        ConfigError: it was made from another model, or has an adapter that cannot be trained so.
     """
     held: Weights = read_about(start).get("weights", "none")
-    if held == "adapter" and training.depth != "dynamics":
+    if held == "adapter" and training.depth == "full":
         raise ConfigError(
-            f"{start} has an adapter, which cannot be trained on at depth {training.depth!r}; fit"
-            " its dynamics (depth 'dynamics'), or start from a result without an adapter"
+            f"{start} has an adapter, which cannot be trained on at depth 'full'; take depth"
+            " 'lora' or 'dynamics', or start from a result without an adapter"
         )
+    if held == "adapter" and training.depth == "lora":
+        rank = read_json(result_folder(start) / ADAPTER_CONFIG).get("r")
+        if rank != training.lora_rank:
+            raise ConfigError(
+                f"the adapter of {start} has rank {rank}, not {training.lora_rank}"
+                " (lora_rank)"
+            )
     if held != "none" and base_name(start) != model_name:
         raise ConfigError(f"{start} was trained from {base_name(start)!r}, not {model_name!r}")
     return held

@@ -489,12 +489,12 @@ def _items(config: TrainConfig) -> int:
 
 
 def _prepare(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Freeze what must not move, and add adapters at depth ``lora``."""
-    if config.depth == "full":
-        model.requires_grad_(True)
-    else:
-        model.requires_grad_(False)
-    if config.depth == "lora":
+    """Freeze what must not move; at depth ``lora`` train the model's adapter, or a new one."""
+    model.requires_grad_(config.depth == "full")
+    if config.depth == "lora" and isinstance(model, peft.PeftModel):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    elif config.depth == "lora":
         lora = peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
