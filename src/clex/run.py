@@ -375,8 +375,7 @@ def _weights_of(start: str | Path, model_name: str, training: TrainConfig) -> We
         rank = read_json(result_folder(start) / ADAPTER_CONFIG).get("r")
         if rank != training.lora_rank:
             raise ConfigError(
-                f"the adapter of {start} has rank {rank}, not {training.lora_rank}"
-                " (lora_rank)"
+                f"the adapter of {start} has rank {rank}, not {training.lora_rank} (lora_rank)"
             )
     if held != "none" and base_name(start) != model_name:
         raise ConfigError(f"{start} was trained from {base_name(start)!r}, not {model_name!r}")

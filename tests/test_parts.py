@@ -1,0 +1,98 @@
+"""`benchmarks.parts` runs what can be run, once, in time; the list of evidence is in order."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import parts
+
+from clex.comparison.recipe import read_recipe
+from clex.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+LIST = """
+[jobs.last]
+command = "cat {OUT}/first {TEXT} > {OUT}/last"
+needs = ["first", "TEXT"]
+[jobs.first]
+command = "echo again >> {OUT}/first"
+[jobs.broken]
+command = "exit 3"
+[jobs.after-broken]
+command = "touch {OUT}/never"
+needs = ["broken"]
+[jobs.long]
+command = "touch {OUT}/never"
+minutes = 5
+"""
+
+
+def run(tmp_path: Path, *more: object, text: str = LIST) -> int:
+    (tmp_path / "list.toml").write_text(text)
+    out = ["--out", tmp_path / "out", "--set", f"TEXT={tmp_path / 'text'}", "--minutes", 1]
+    return parts.main([str(a) for a in (tmp_path / "list.toml", *out, *more)])
+
+
+def test_order_failure_time_and_a_second_call(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "text").write_text("given\n")
+    out = tmp_path / "out"
+    assert run(tmp_path, "--at-once", 3) == 3
+    said = capsys.readouterr().out
+    assert "2 of 5 done" in said and "broken (failed)" in said
+    assert (out / "last").read_text() == "again\ngiven\n" and not (out / "never").exists()
+    # What is done stays, what failed is tried again.
+    assert run(tmp_path, text=LIST.replace("exit 3", "true")) == 1
+    assert (out / "first").read_text() == "again\n" and (out / "never").exists()
+    assert capsys.readouterr().out.rstrip().endswith("long")
+
+
+def test_the_end_of_the_time(tmp_path: Path) -> None:
+    """A command that is still running then is stopped, with all that it has started."""
+    text = '[jobs.slow]\ncommand = "sleep 60; touch {OUT}/never"\n'
+    assert run(tmp_path, "--minutes", 0.01, text=text) == 1
+    assert not (tmp_path / "out" / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[jobs.a]\ncommand = 'echo {NAME}'", "needs --set NAME="),
+        ("[jobs.a]\ncommand = 'true'\nneeds = ['b']", "needs 'b', which is no job"),
+        ("[jobs.a]\ncommand = 'true'\nneed = ['b']", "has no 'need'"),
+        ("[job", "cannot read jobs"),
+    ],
+)
+def test_lists_that_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "list.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        parts.read_jobs(tmp_path / "list.toml", {"OUT": "out"})
+
+
+def test_the_list_of_evidence() -> None:
+    """Its rows are those of the recipes, and no job builds on one that it does not wait for."""
+    names = ("OUT", "TRAIN", "TEST", "NOVELS", "PROOFS", "UNSEEN", "SHORT")
+    jobs = parts.read_jobs(ROOT / "benchmarks" / "evidence.toml", {name: name for name in names})
+    assert len(jobs) > 40 and len({job.name for job in jobs}) == len(jobs)
+    compared = 0
+    for job in jobs:
+        assert 1 < job.minutes < 12
+        words = shlex.split(job.command, comments=True)
+        for word in words:
+            if word.startswith("OUT/keys/"):
+                assert "keys" in job.needs
+        if "compare" not in words:
+            continue
+        recipe, only = words[words.index("compare") + 1], words[words.index("--only") + 1]
+        if recipe == "OUT/rope.toml":
+            assert "rope-search" in job.needs
+            continue
+        methods = [read_recipe(ROOT / recipe).method(name) for name in only.split(",")]
+        compared += len(methods)
+        after = {method.start for method in methods if method.start}
+        folder = words[words.index("--out") + 1]
+        if after and folder.startswith("OUT/two-"):
+            assert any(need.startswith("twin-most") for need in job.needs)
+    assert compared > 40
