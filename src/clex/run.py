@@ -372,7 +372,8 @@ def _weights_of(start: str | Path, model_name: str, training: TrainConfig) -> We
             " 'lora' or 'dynamics', or start from a result without an adapter"
         )
     if held == "adapter" and training.depth == "lora":
-        rank = read_json(result_folder(start) / ADAPTER_CONFIG).get("r")
+        about = read_json(result_folder(start) / ADAPTER_CONFIG)
+        rank = about.get("r") if isinstance(about, dict) else None
         if rank != training.lora_rank:
             raise ConfigError(
                 f"the adapter of {start} has rank {rank}, not {training.lora_rank} (lora_rank)"
