@@ -7,11 +7,12 @@ A list is a TOML file with one table for each job, tried in the order of the fil
 
     [jobs.fit]
     command = "clex compare recipes/frozen.toml --out {OUT}/fit --data {TRAIN} --only clex-layers"
-    needs = ["tokens"]   # jobs that have to be done before, and files of `--set` that have to exist
-    minutes = 6          # what it will take: it is not begun with less than that left
+    needs = ["other"]   # jobs that have to be done before
+    minutes = 6         # what it will take: it is not begun with less than that left
 
-Jobs that are done are not run again by the same command; one that failed is. Each job has one GPU
-of the machine, if there is one, and a log in DIR/logs.
+Values of --set stand for their names in braces. Jobs that are done are not run again by the same
+command; one that failed is. Each job has one GPU of the machine, if there is one, and a log in
+DIR/logs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +33,8 @@ from pathlib import Path
 import torch
 
 from clex.errors import ClexError, ConfigError
+
+_POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,21 @@ def read_jobs(file: Path, values: Mapping[str, str]) -> list[Job]:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))["jobs"]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"cannot read jobs from {file}: {error!r}") from None
+    quoted = {name: shlex.quote(value) for name, value in values.items()}
     jobs = []
     for name, table in tables.items():
         if unknown := sorted(table.keys() - {"command", "needs", "minutes"}):
             raise ConfigError(f"[jobs.{name}] has no {unknown[0]!r}: command, needs, minutes")
         try:
-            command = table["command"].format_map(values)
-        except KeyError as error:
-            raise ConfigError(f"[jobs.{name}] needs --set {error.args[0]}=...") from None
+            command = str(table.get("command", "")).format_map(quoted)
+        except (KeyError, ValueError, IndexError) as error:
+            raise ConfigError(f"[jobs.{name}] command: {error}; give --set NAME=VALUE") from None
         job = Job(name, command, tuple(table.get("needs", ())), float(table.get("minutes", 0)))
-        missing = [n for n in job.needs if n not in tables and n not in values]
+        missing = [need for need in job.needs if need not in tables]
         if missing:
             raise ConfigError(f"[jobs.{name}] needs {missing[0]!r}, which is no job")
+        if not command:
+            raise ConfigError(f"[jobs.{name}] has no command")
         jobs.append(job)
     return jobs
 
@@ -72,76 +79,78 @@ def read_jobs(file: Path, values: Mapping[str, str]) -> list[Job]:
 class Parts:
     """The state of a list: what is done, running and left."""
 
-    def __init__(self, jobs: Sequence[Job], out: Path, values: Mapping[str, str], end: float):
-        self.left, self.out, self.values, self.end = list(jobs), out, values, end
+    def __init__(self, jobs: Sequence[Job], out: Path, end: float) -> None:
+        self.out, self.end = out, end
         self.running: set[str] = set()
-        self.failed: list[str] = []
+        self.failed: set[str] = set()
         self.lock = threading.Lock()
         for folder in ("done", "logs"):
             (out / folder).mkdir(parents=True, exist_ok=True)
-        self.left = [job for job in self.left if not self.done(job.name)]
+        self.left = [job for job in jobs if not self.done(job.name)]
 
     def done(self, name: str) -> bool:
-        """Whether a job has ended well, or the file that `--set` calls so is there."""
-        if name in self.values:
-            return Path(self.values[name]).exists()
+        """Whether a job has ended well, now or in an earlier call."""
         return (self.out / "done" / name).exists()
 
     def next(self) -> Job | None:
-        """The first job that can be begun now; it counts as running then."""
+        """The first job that can be begun, which counts as running then.
+
+        Jobs that cannot be begun any more are left out: there is too little time, or what they
+        need has failed or is left out itself.
+        """
         with self.lock:
-            left_minutes = (self.end - time.monotonic()) / 60
+            minutes = (self.end - time.monotonic()) / 60
+            before = None
+            while before != len(self.left):
+                before = len(self.left)
+                coming = self.running | {job.name for job in self.left}
+                self.left = [
+                    job
+                    for job in self.left
+                    if job.minutes < minutes
+                    and all(self.done(need) or need in coming for need in job.needs)
+                ]
             for job in self.left:
-                if job.minutes <= left_minutes and all(map(self.done, job.needs)):
+                if all(map(self.done, job.needs)):
                     self.left.remove(job)
                     self.running.add(job.name)
                     return job
         return None
 
-    def hopeless(self) -> bool:
-        """Whether no job is left that could still be begun."""
-        with self.lock:
-            within = [j for j in self.left if j.minutes <= (self.end - time.monotonic()) / 60]
-            coming = self.running | {j.name for j in within} | self.values.keys()
-            return not any(
-                all(self.done(n) or n in coming for n in job.needs) for job in within
-            ) or (time.monotonic() >= self.end)
-
-    def work(self, slot: int, gpus: int) -> None:
-        """Run one job after the other until none can be begun any more."""
-        environment = dict(os.environ)
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    def work(self, slot: int, gpu: str | None) -> None:
+        """Run one job after the other until none is left."""
+        environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         while True:
             job = self.next()
-            if job is None:
-                if self.hopeless():
-                    return
-                time.sleep(0.2)
-                continue
-            started = time.monotonic()
-            say(f"{job.name}: begun by {slot}")
-            code: int | str = "stopped at the end of the time"
-            with (self.out / "logs" / job.name).open("a", encoding="utf-8") as log:
-                process = subprocess.Popen(
-                    ["bash", "-c", job.command],
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,
-                )
-                try:
-                    code = process.wait(timeout=max(0.0, self.end - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, 15)
-                    process.wait()
-            with self.lock:
-                self.running.discard(job.name)
-                if code == 0:
-                    (self.out / "done" / job.name).touch()
-                else:
-                    self.failed.append(job.name)
-            say(f"{job.name}: {'done' if code == 0 else code}, {time.monotonic() - started:.0f} s")
+            if job is not None:
+                self.run(job, slot, environment)
+            elif self.left:
+                time.sleep(_POLL)
+            else:
+                return
+
+    def run(self, job: Job, slot: int, environment: Mapping[str, str]) -> None:
+        """Run a job to its end, or stop it and all that it has started at the end of the time."""
+        started = time.monotonic()
+        say(f"{job.name}: begun by {slot}")
+        with (self.out / "logs" / job.name).open("a", encoding="utf-8") as log:
+            command = ["bash", "-c", job.command]
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+            while process.poll() is None and time.monotonic() < self.end:
+                time.sleep(_POLL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        code = process.wait()
+        with self.lock:
+            self.running.discard(job.name)
+            if code == 0:
+                (self.out / "done" / job.name).touch()
+            else:
+                self.failed.add(job.name)
+        how = "done" if code == 0 else f"failed ({code})"
+        say(f"{job.name}: {how}, {time.monotonic() - started:.0f} s")
 
 
 def say(line: str) -> None:
@@ -150,7 +159,7 @@ def say(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a list; the number of jobs that are not done."""
+    """Run a list; 1 if a job is not done in the end."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("jobs", type=Path, help="TOML file with [jobs.NAME] tables")
     parser.add_argument("--out", type=Path, required=True, help="folder, {OUT} in commands")
@@ -159,9 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
     args = parser.parse_args(arguments)
-    values = dict(pair.split("=", 1) for pair in args.set if "=" in pair)
-    values["OUT"] = shlex.quote(str(args.out))
     try:
+        for pair in args.set:
+            if "=" not in pair:
+                raise ConfigError(f"--set {pair}: give NAME=VALUE")
+        values = dict(pair.split("=", 1) for pair in args.set) | {"OUT": str(args.out)}
         jobs = read_jobs(args.jobs, values)
     except ClexError as error:
         print(f"parts: {error}", file=sys.stderr)
@@ -170,20 +181,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for job in jobs:
             print(f"{job.name}: {job.command}")
         return 0
-    gpus = torch.cuda.device_count()
-    end = time.monotonic() + 60 * args.minutes
-    parts = Parts(jobs, args.out, values, end)
-    slots = range(args.at_once * max(gpus, 1))
-    threads = [threading.Thread(target=parts.work, args=(slot, gpus)) for slot in slots]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = [name for name in visible.split(",") if name]
+    gpus = gpus or [str(number) for number in range(torch.cuda.device_count())]
+    parts = Parts(jobs, args.out, time.monotonic() + 60 * args.minutes)
+    threads = [
+        threading.Thread(target=parts.work, args=(slot, gpus[slot % len(gpus)] if gpus else None))
+        for slot in range(args.at_once * max(len(gpus), 1))
+    ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        parts.end = 0.0
+        for thread in threads:
+            thread.join()
     missing = [job.name for job in jobs if not parts.done(job.name)]
     say(f"{len(jobs) - len(missing)} of {len(jobs)} done" + ", not: " * bool(missing))
     for name in missing:
         print(f"  {name}{' (failed)' * (name in parts.failed)}")
-    return len(missing)
+    return int(bool(missing))
 
 
 if __name__ == "__main__":

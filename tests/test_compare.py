@@ -196,7 +196,7 @@ def test_the_quick_recipe() -> None:
 def test_the_shipped_recipes() -> None:
     """All can be read, and two stages together get the tokens of one."""
     recipes = {path.stem: read_recipe(path) for path in QUICK.parent.glob("*.toml")}
-    assert len(recipes) == 12
+    assert len(recipes) == 11
     results = QUICK.parent.parent / "benchmarks" / "results"
     measured = {path.stem: read_recipe(path) for path in results.glob("*.toml")}
     assert len(measured) > 5

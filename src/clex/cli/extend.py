@@ -135,7 +135,8 @@ def extend(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     start: Annotated[
-        Path | None, typer.Option(help="Extended model to go on from (its dynamics).")
+        Path | None,
+        typer.Option(help="Result to go on from: its extension, and its weights or adapter."),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
