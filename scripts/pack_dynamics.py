@@ -82,6 +82,11 @@ def _card(folder: Path, results: dict[str, Any], method: str, model: str, text: 
             f"{cells[name, n, 'window']:,.2f} / {cells[name, n, 'target']:,.2f}" for n in lengths
         ]
         table.append(f"| {labels[name]} | " + " | ".join(row) + " |")
+    seeds = "One seed."
+    if len(about["runs"]) > 1:
+        seeds = (
+            f"Of {len(about['runs'])} seeds, the table is their mean; this folder is one of them."
+        )
     return f"""---
 license: apache-2.0
 base_model: {model}
@@ -106,7 +111,7 @@ tokens of context; {results["text"]["documents"]} unseen documents:
 
 {chr(10).join(table)}
 
-Of {len(about["runs"])} seeds, the table is their mean; this folder is one of them.
+{seeds}
 
 `scripts/pack_dynamics.py` made this folder.
 """

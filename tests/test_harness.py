@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -404,6 +405,24 @@ def test_the_perplexity_of_texts_is_that_of_the_model(data: Path) -> None:
         size += len(text.encode())
     found = next(row.value for row in rows if row.metric == "bits_per_byte")
     assert found == pytest.approx(-total / size / np.log(2), rel=1e-4)
+
+
+def test_a_package_without_a_version_loses_no_scores(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = harness.version
+
+    def version(package: str) -> str:
+        if package == "jieba":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return known(package)
+
+    monkeypatch.setattr(harness, "version", version)
+    config = HarnessConfig(tasks=(), texts=(str(data / "choices.jsonl"),))
+    run_harness("tiny-llama", data / "out", config, device=CPU)
+    results = json.loads((data / "out" / "results.json").read_text())
+    assert results["versions"]["jieba"] is None and results["versions"]["lm_eval"]
+    assert results["scores"]
 
 
 def test_an_extended_result_brings_its_own_window(data: Path, yarn: Any) -> None:

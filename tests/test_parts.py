@@ -108,4 +108,4 @@ def test_the_list_of_evidence() -> None:
         # Else each would search for the key tokens anew.
         measured = [m for m in methods if m.measured and m.name != "untrained"]
         assert ("--join" in words) == bool(measured and recipe.evaluation.evaluator == "native")
-    assert compared > 40
+    assert compared > 30

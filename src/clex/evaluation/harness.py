@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -445,8 +445,12 @@ def _task_file(out: Path, method: str, task: str) -> Path:
     return out / "tasks" / f"{safe}.json"
 
 
-def _version(package: str) -> str:
-    return version(package.replace("_", "-"))
+def _version(package: str) -> str | None:
+    # A module copied onto a machine without a network has no version that could be asked for.
+    try:
+        return version(package.replace("_", "-"))
+    except PackageNotFoundError:
+        return None
 
 
 @contextmanager
