@@ -131,7 +131,7 @@ def test_ready_made_dynamics() -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
     )
     model = clex.load("smollm2-dynamics", tiny.build(config))
-    assert config_of(model).max_scale == 8 and config_of(model).native_length == 8192
+    assert config_of(model).max_scale == 16 and config_of(model).native_length == 8192
     moved = clex.frequencies(model, 8.0) / clex.frequencies(model, 1.0)
     assert moved[0] == 1 and 0 < moved[-1] < 0.5  # type: ignore[index]
     with pytest.raises(CheckpointError, match="was made for another model"):

