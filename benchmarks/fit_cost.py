@@ -23,23 +23,14 @@ from typing import Any
 import datasets
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.models import SHAPES, random_tokens
+from benchmarks.models import SHAPES, plain_model, random_tokens
 from benchmarks.report import Log, common_arguments, measured
 from benchmarks.timing import Timing, time_calls
 from clex.config import ClexConfig
 from clex.hf.extend import extend
 from clex.training import TrainConfig, train
 from clex.training_log import LOG_FILE
-
-
-def plain_model(shape: str, device: str) -> Any:
-    """Random weights in bfloat16."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
-    return model.to(torch.bfloat16).eval()
 
 
 def reading(shape: str, length: int, device: str, repeats: int) -> Timing:
@@ -76,25 +67,26 @@ def fit(shape: str, tokens: datasets.Dataset, device: str, scale: float, **setti
 def main(arguments: Sequence[str] | None = None) -> Log:
     """Run the benchmark that the arguments describe."""
     parser = common_arguments(__doc__.splitlines()[0])
-    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("shape", choices=sorted(SHAPES.keys() - {"tiny"}))
     parser.add_argument("--scales", default="1,2,4,8,16")
     parser.add_argument("--whole", type=float, help="a whole fit up to this scale alone")
     args = parser.parse_args(arguments)
-    native = SHAPES[args.shape]["max_position_embeddings"]
+    shape = "tiny" if args.small else args.shape
+    native = SHAPES[shape]["max_position_embeddings"]
     scales = [args.whole] if args.whole else [float(x) for x in args.scales.split(",")]
     longest = round(1.1 * max(scales) * native)  # windows have a margin
-    ids = random_tokens(args.shape, longest, "cpu")[0].tolist()
+    ids = random_tokens(shape, longest, "cpu")[0].tolist()
     tokens = datasets.Dataset.from_dict({"input_ids": [ids, ids[::-1]], "length": [longest] * 2})
-    log = Log("fit_cost", args.out, {"device": args.device, "model": args.shape})
+    log = Log("fit_cost", args.out, {"device": args.device, "model": shape})
     if args.whole:
-        whole = fit(args.shape, tokens, args.device, args.whole)
-        log.add(measured(f"{args.shape}, whole fit to {args.whole:g}", {"fit": whole}))
+        whole = fit(shape, tokens, args.device, args.whole)
+        log.add(measured(f"{shape}, whole fit to {args.whole:g}", {"fit": whole}))
         return log
     for scale in scales:
         length = round(scale * native)
-        read = reading(args.shape, length, args.device, args.repeats)
+        read = reading(shape, length, args.device, args.repeats)
         steps = fit(
-            args.shape,
+            shape,
             tokens,
             args.device,
             scale,
@@ -103,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> Log:
             accumulation=1,
             select_windows=0,
         )
-        log.add(measured(f"{args.shape}, {length:,}", {"reading": read, "window": steps}))
+        log.add(measured(f"{shape}, {length:,}", {"reading": read, "window": steps}))
     return log
 
 

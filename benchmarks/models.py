@@ -48,16 +48,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def pair(shape: str, device: str, max_scale: float = 16.0) -> tuple[Any, Any]:
-    """A plain model in bfloat16 and an extended one; both have the same parameters, not copies."""
+def plain_model(shape: str, device: str) -> Any:
+    """Random weights in bfloat16, for reading."""
     torch.manual_seed(0)
     with torch.device(device):
-        plain: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+    return model.to(torch.bfloat16).eval()
+
+
+def pair(shape: str, device: str, max_scale: float = 16.0) -> tuple[Any, Any]:
+    """A plain model in bfloat16 and an extended one; both have the same parameters, not copies."""
+    plain = plain_model(shape, device)
     shared = {id(parameter): parameter for parameter in plain.parameters()}
     extended = extend(copy.deepcopy(plain, shared), ClexConfig(max_scale=max_scale))
     for scaling in extended.model.rotary_emb.scalings.values():
         torch.nn.init.normal_(scaling.field.outer.weight, std=0.1)
-    return plain.eval(), extended.eval()
+    return plain, extended.eval()
 
 
 def random_tokens(shape: str, length: int, device: str) -> torch.Tensor:

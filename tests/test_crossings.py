@@ -1,4 +1,4 @@
-"""The benchmarks of open-ended texts and of decoding run, and say what they should."""
+"""The benchmarks of open-ended texts, decoding and fits run, and say what they should."""
 
 from __future__ import annotations
 
@@ -62,3 +62,13 @@ def test_decoding(benchmark: Any, tmp_path: Path, cache: str) -> None:
     ]
     assert all(speed > 0 for row in rows for speed in row.tokens_per_second)
     assert list(tmp_path.glob(f"*-cpu-model-decoding-{cache}.md"))
+
+
+def test_fit_cost(benchmark: Any, tmp_path: Path) -> None:
+    arguments = ["SmolLM2-135M", "--small", "--device", "cpu", "--scales", "2", "--repeats", "5"]
+    reading, window = benchmark("fit_cost").main([*arguments, "--out", str(tmp_path)]).rows
+    assert reading.case == window.case == "tiny, 128"
+    assert reading.repeats == window.repeats == 5 and reading.share == 1
+    # A step reads the window and goes back through it, with the optimizer and the log beside.
+    assert window.median_ms > reading.median_ms > 0
+    assert list(tmp_path.glob("*-cpu-tiny-fit_cost.md"))
