@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import exp
 from pathlib import Path
 
@@ -22,16 +22,22 @@ from clex.comparison.statistics import Losses
 Cell = tuple[str, int]  # protocol, length
 
 
-def read(files: Sequence[Path], name: str, seed: str | None = None) -> dict[Cell, Losses]:
-    """Losses of the method SET/METHOD by protocol and length, the mean of its seeds."""
-    seeds: dict[Cell, dict[str, dict[int, tuple[float, int]]]] = defaultdict(dict)
+def rows_of(files: Sequence[Path], name: str) -> Iterator[dict[str, str]]:
+    """The rows of the method SET/METHOD."""
     for file in files:
         with file.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
-                if f"{row['set']}/{row['method']}" != name or seed not in (None, row["seed"]):
-                    continue
-                documents = seeds[row["protocol"], int(row["length"])].setdefault(row["seed"], {})
-                documents[int(row["document"])] = (float(row["nll"]), int(row["tokens"]))
+                if f"{row['set']}/{row['method']}" == name:
+                    yield row
+
+
+def read(files: Sequence[Path], name: str, seed: str | None = None) -> dict[Cell, Losses]:
+    """Losses of the method SET/METHOD by protocol and length, the mean of its seeds."""
+    seeds: dict[Cell, dict[str, dict[int, tuple[float, int]]]] = defaultdict(dict)
+    for row in rows_of(files, name):
+        if seed in (None, row["seed"]):
+            documents = seeds[row["protocol"], int(row["length"])].setdefault(row["seed"], {})
+            documents[int(row["document"])] = (float(row["nll"]), int(row["tokens"]))
     if not seeds:
         raise SystemExit(f"no rows of {name} in {', '.join(map(str, files))}")
     cells = {}

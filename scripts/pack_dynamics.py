@@ -11,6 +11,7 @@ user has: a hub id, or a name of `clex.hf.models.BUNDLED`.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -54,11 +55,24 @@ def pack(comparison: Path, method: str, seed: int, text: str, out: Path) -> None
     config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     versions = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))["versions"]
-    card = _card(out, results, method, model, f"{text}; fitted on {versions['device']}")
+    with (comparison / "results.csv").open(newline="", encoding="utf-8") as lines:
+        own = {
+            (int(row["length"]), row["protocol"]): float(row["ppl"])
+            for row in csv.DictReader(lines)
+            if (row["method"], row["seed"]) == (method, str(seed))
+        }
+    card = _card(out, results, method, model, f"{text}; fitted on {versions['device']}", own)
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def _card(folder: Path, results: dict[str, Any], method: str, model: str, text: str) -> str:
+def _card(
+    folder: Path,
+    results: dict[str, Any],
+    method: str,
+    model: str,
+    text: str,
+    own: dict[tuple[int, str], float],
+) -> str:
     config = load_config(folder)
     about = next(m for m in results["methods"] if m["name"] == method)
     cells = {
@@ -84,8 +98,10 @@ def _card(folder: Path, results: dict[str, Any], method: str, model: str, text: 
         table.append(f"| {labels[name]} | " + " | ".join(row) + " |")
     seeds = "One seed."
     if len(about["runs"]) > 1:
+        row = [f"{own[n, 'window']:,.2f} / {own[n, 'target']:,.2f}" for n in lengths]
+        table.append("| this folder | " + " | ".join(row) + " |")
         seeds = (
-            f"Of {len(about['runs'])} seeds, the table is their mean; this folder is one of them."
+            f"This folder is one of {len(about['runs'])} seeds, whose mean is in the row before it."
         )
     return f"""---
 license: apache-2.0

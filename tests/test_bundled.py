@@ -1,5 +1,6 @@
 """The models and books that come with the package: real ones, so real claims can be checked."""
 
+import csv
 import importlib.util
 import io
 import json
@@ -145,17 +146,22 @@ def test_pack_dynamics(tmp_path: Path) -> None:
     pack = runpy.run_path(str(SCRIPTS / "pack_dynamics.py"))["pack"]
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        'model = "tiny-llama"\ndata = "books"\nmax_scale = 2\n[budget]\ndepth = "dynamics"\n'
+        'model = "tiny-llama"\ndata = "books"\nmax_scale = 2\nseeds = [0, 1]\n'
+        '[budget]\ndepth = "dynamics"\n'
         "steps = 1\n[evaluation]\nlengths = [128, 512]\ndocuments = 1\n"
         '[methods.yarn]\nmethod = "yarn"\ntrain = false\n[methods.clex]\nmethod = "clex"\n'
     )
     assert run_compare(recipe, tmp_path / "out", device="cpu") == []
-    pack(tmp_path / "out", "clex", 0, "a few books", tmp_path / "packed")
+    pack(tmp_path / "out", "clex", 1, "a few books", tmp_path / "packed")
     found = json.loads((tmp_path / "out/results.json").read_text())
     card = (tmp_path / "packed/README.md").read_text()
     assert "read 512 tokens instead of 256" in card and "a few books" in card
     for cell in found["perplexity"]:
         assert f"{cell['ppl']:,.2f}" in card
+    with (tmp_path / "out/results.csv").open(newline="", encoding="utf-8") as lines:
+        own = [r for r in csv.DictReader(lines) if (r["method"], r["seed"]) == ("clex", "1")]
+    (row,) = [line for line in card.splitlines() if line.startswith("| this folder |")]
+    assert len(own) == 4 and all(f"{float(r['ppl']):,.2f}" in row for r in own)
     assert config_of(clex.load(tmp_path / "packed")).max_scale == 2
     about = tmp_path / "out/runs/clex/seed-0/model/clex_config.json"
     about.write_text(about.read_text().replace('"weights": "none"', '"weights": "full"'))

@@ -72,3 +72,21 @@ def test_fit_cost(benchmark: Any, tmp_path: Path) -> None:
     # A step reads the window and goes back through it, with the optimizer and the log beside.
     assert window.median_ms > reading.median_ms > 0
     assert list(tmp_path.glob("*-cpu-tiny-fit_cost.md"))
+
+
+def test_whole_fit(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the time goes with the square of the length, the mean is that of t squared."""
+    rows = [
+        {"case": f"tiny, {64 * t:,}", "way": way, "median_ms": second * 1e3 * t**2}
+        for t in (1, 2, 8)
+        for way, second in (("reading", 0.5), ("window", 2.0))
+    ]
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps({"settings": {"model": "tiny"}, "rows": rows}))
+    benchmark("whole_fit").main([str(file)])
+    mean = (8**3 - 1) / 3 / 7
+    chosen = 7 * sum(0.5 * (1 + 7 * k / 6) ** 2 for k in range(1, 7))
+    assert capsys.readouterr().out == (
+        f"512 tokens: 48 windows {96 * mean:.0f} s, 160 windows {320 * mean:.0f} s,"
+        f" choosing {chosen:.0f} s\n"
+    )

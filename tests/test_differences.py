@@ -1,12 +1,14 @@
-"""`benchmarks.differences`: perplexities and differences of stored sums, against numpy."""
+"""`benchmarks.differences` and `pictures`: what they say of stored sums, against numpy."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks import differences
+from benchmarks import differences, pictures
+from matplotlib.axes import Axes
 
 SUMS = {("a", "0"): [30.0, 50.0], ("a", "1"): [34.0, 46.0], ("b", "0"): [36.0, 52.0]}
 TOKENS = [10, 20]
@@ -44,3 +46,31 @@ def test_against_numpy(
 def test_unknown_methods_are_told(files: list[str]) -> None:
     with pytest.raises(SystemExit, match="no rows of test/c"):
         differences.main([*files, "--of", "test/c", "--to", "test/b"])
+
+
+def test_picture(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, real = [], Axes.errorbar
+
+    def errorbar(
+        axis: Axes, lengths: list[int], middle: list[float], bars: Any, **more: Any
+    ) -> Any:
+        drawn.append((axis.get_title(), lengths, middle, bars, more["label"]))
+        return real(axis, lengths, middle, bars, **more)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    two = tmp_path / "c.csv"
+    two.write_text(
+        "set,method,seed,protocol,length,document,nll,tokens,hits\n"
+        "test,c,0,target,512,0,60,30,1\ntest,c,1,target,512,0,90,30,1\n"
+    )
+    out = ["--out", str(tmp_path / "a.png")]
+    pictures.main([*files, str(two), "--of", "test/b=theirs", "test/c", *out])
+    last = [line for line in drawn if line[0] == pictures.SIDES["target"]]
+    assert [(line[1], line[4]) for line in last] == [([512], "theirs"), ([512], "test/c")]
+    assert last[0][2] == pytest.approx([np.exp(88 / 30)]) and last[0][3] == [[0.0], [0.0]]
+    middle = np.exp(2.5)
+    assert last[1][2] == pytest.approx([middle])
+    assert np.ravel(last[1][3]) == pytest.approx([middle - np.exp(2), np.exp(3) - middle])
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit, match="no rows of test/d"):
+        pictures.main([*files, "--of", "test/d", *out])

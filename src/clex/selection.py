@@ -26,7 +26,7 @@ from .hf.checkpoint import load_extension_state, save_extension_state
 from .hf.extend import at_scale, require_extension
 
 SELECTION_FILE = "selection.json"
-_LOOKS = 6
+LOOKS = 6  # after the one at the start
 # Far from the numbers of all windows that a run with the same seed trains on.
 _SEED_APART = 2**21
 
@@ -66,7 +66,7 @@ class Selection(TrainerCallback):
     def __init__(self, trainer: Any, windows: list[dict[str, Tensor]], folder: Path) -> None:
         self.trainer, self.windows, self.folder = trainer, windows, folder
         steps = trainer.config.steps
-        self.looks = {round(steps * (k + 1) / _LOOKS) for k in range(_LOOKS)} - {0}
+        self.looks = {round(steps * (k + 1) / LOOKS) for k in range(LOOKS)} - {0}
         self.losses: dict[int, float] = {}
         self.best = 0
         self.sha256: dict[str, str] = {}
